@@ -7,8 +7,8 @@
 Isola, Zhu, Zhou, Efros: Image-to-Image Translation with Conditional Adversarial Networks. CVPR 2017, arXiv:1611.07004.
 G maps an input x to an output G(x); D looks at x and an output, patch by patch, and tells a real y from G(x):
     G* = arg min_G max_D  E[log D(x, y)] + E[log(1 - D(x, G(x)))] + lambda E|y - G(x)|          (Eq. 4)
-Where the paper is silent this follows the authors' Torch code: one pass of D over G(x) serves D's loss and G's.
-It departs in one place, as their later code does: no norm at the 1x1 bottleneck, which it would wipe out.
+As in the authors' Torch code one pass of D over G(x) serves both losses; as in their later code the 1x1 bottleneck has
+no norm, which would wipe it out.
 
     python pix2pix.py                                          # train on toy streets, drawn here, in minutes on a CPU
     python pix2pix.py --data facades                           # download, train; stop it and repeat this: it goes on
@@ -17,11 +17,11 @@ It departs in one place, as their later code does: no norm at the 1x1 bottleneck
 
 import argparse
 import contextlib
+import functools
 import itertools
 import json
 import math
 import os
-import shutil
 import signal
 import sys
 import tarfile
@@ -49,10 +49,9 @@ SETS = {  # the named sets, and what each changes
     "edges2handbags": dict(epochs=15, batch_size=4),
     "night2day": dict(direction="BtoA", epochs=17, batch_size=4),
 }
-BYTES = {"facades": 30168306}  # lengths of archives, where known
-CHANNELS = {"gray": (1, 2), "hole": (3, 3), "edges": (1, 3)}  # channels of input and output, by --from
+MADE = {"gray": (1, 2), "hole": (3, 3), "edges": (1, 3)}  # channels of input and output, --from photos
 MODES = (None, "L", "LA", "RGB", "RGBA")  # Pillow's names for so many channels
-SRGB, LAB = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
+FREE = "data_root run max_steps save_every fresh device bf16 translate to eval".split()  # a run may go on with others
 
 
 def get_args(argv=None):
@@ -62,7 +61,7 @@ def get_args(argv=None):
     add("--data", default="toy", help=f"{', '.join(SETS)}, or a folder: side-by-side images, or A/ and B/")
     add("--data-root", type=Path, default=Path("data"), help="where downloads go, or lie already")
     add("--direction", choices=("AtoB", "BtoA"), default="AtoB", help="which half is the input; A is the left one")
-    add("--from", dest="source", choices=tuple(CHANNELS), help="make the pairs from a folder of photos")
+    add("--from", dest="source", choices=tuple(MADE), help="make the pairs from a folder of photos")
     add("--size", type=int, default=256, help="crop trained on, a power of two")
     add("--load-size", type=int, help="size before the random crop (286 for 256); --size for no jitter")
     add("--no-mirror", action="store_true", help="no random mirroring")
@@ -82,7 +81,7 @@ def get_args(argv=None):
     add("--seed", type=int, default=0, help="of weights, order, jitter and dropout")
     add("--run", type=Path, help="run folder (runs/pix2pix-DATA)")
     add("--max-steps", type=int, help="stop after so many updates")
-    add("--save-every", type=int, default=2000, help="updates between checkpoints; ten minutes at most")
+    add("--save-every", type=int, default=5000, help="updates between checkpoints; ten minutes at most")
     add("--fresh", action="store_true", help="start over; the old run is kept as DIR.old-N")
     add("--device", help="cpu, cuda, cuda:1, mps, ... (the accelerator, if there is one)")
     add(
@@ -96,23 +95,26 @@ def get_args(argv=None):
     add("--eval", action="store_true", help="translate without dropout, with running averages, unlike the paper")
     parser.set_defaults(**SETS.get(parser.parse_known_args(argv)[0].data, {}))
     args = parser.parse_args(argv)
-    args.load_size = args.load_size or args.size * 286 // 256
-    args.run = args.run or Path("runs", f"{SCRIPT}-{Path(args.data).resolve().name}")
-    args.device = args.device or str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     for name, value in vars(args).items():
         least = 0 if name in ("lambda_l1", "n_layers", "decay_epochs", "lr", "seed") else 1
         if type(value) in (int, float) and not least <= value < math.inf:
             refuse(f"--{name.replace('_', '-')} {value}: give {least} or more")
-    if args.source:
-        args.in_channels, args.out_channels = CHANNELS[args.source]
-    if args.size & (args.size - 1) or args.size < 16 or args.size > args.load_size:
-        refuse(f"--size {args.size}: give a power of two from 16 up to --load-size, {args.load_size}")
-    if args.n_layers and args.size >> args.n_layers < 3:
-        refuse(f"--n-layers {args.n_layers} leaves nothing of {args.size} pixels: lower it or raise --size")
+    args.load_size = args.load_size or args.size * 286 // 256
+    args.in_channels, args.out_channels = MADE.get(args.source, (args.in_channels, args.out_channels))
+    args.run = args.run or Path("runs", f"{SCRIPT}-{Path(args.data).resolve().name}")
+    if args.size & (args.size - 1) or not 16 <= args.size <= args.load_size or args.size >> args.n_layers < 3:
+        refuse(
+            f"--size {args.size}: give a power of two, from 16 or 4 * 2**n_layers up to --load-size {args.load_size}"
+        )
     if args.source and (args.data in SETS or args.direction == "BtoA"):
         refuse(f"--from {args.source} needs a folder of photos as --data, and no --direction")
+    args.device = args.device or str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     with blame(f"--device {args.device} is not to be had on this machine: leave it out to use what there is"):
         torch.zeros(1, device=args.device).item()
+    fast = (
+        torch.cuda.is_bf16_supported(False) if "cuda" in args.device else torch.cpu.get_capabilities().get("amx_bf16")
+    )
+    args.bf16 = args.precision == "bf16" or args.precision == "auto" and bool(fast)
     return args
 
 
@@ -122,7 +124,7 @@ NORMS = {"batch": nn.BatchNorm2d, "instance": nn.InstanceNorm2d}
 
 
 class Generator(nn.Module):
-    """U-Net (Sec. 3.2): encoder C64-C128-C256-C512-C512-C512-C512-C512 and its mirror, level i joined to level n - i.
+    """U-Net (Sec. 3.2): encoder C64-C128-C256-C512-C512-C512-C512-C512 and its mirror, each level joined to its own.
 
     Every convolution is 4x4 with stride 2, one for each factor of two in `size`; innermost is a 1x1 map.
     x (N, in_channels, H, W) in [-1, 1], H and W multiples of `size` -> (N, out_channels, H, W) in [-1, 1].
@@ -131,27 +133,23 @@ class Generator(nn.Module):
     def __init__(self, in_channels=3, out_channels=3, size=256, ngf=64, norm="batch", skips=True):
         super().__init__()
         Norm, bias = NORMS[norm], norm == "instance"  # batch norm has a shift of its own
-        depth, self.skips = int(math.log2(size)), skips
+        depth, self.skips, self.down, self.up = int(math.log2(size)), skips, nn.ModuleList(), nn.ModuleList()
         width = [ngf * min(2**i, 8) for i in range(depth)]
-        self.down = nn.ModuleList([nn.Conv2d(in_channels, ngf, 4, 2, 1, bias=bias)])
-        self.up = nn.ModuleList()
-        for i in range(1, depth):
-            layers = [nn.LeakyReLU(0.2), nn.Conv2d(width[i - 1], width[i], 4, 2, 1, bias=bias), Norm(width[i])]
-            self.down.append(nn.Sequential(*layers[: 3 if i < depth - 1 else 2]))  # a normalised 1x1 map holds nothing
-        for i in reversed(range(1, depth)):
-            joined = 2 * width[i] if skips and i < depth - 1 else width[i]
-            layers = [nn.ReLU(), nn.ConvTranspose2d(joined, width[i - 1], 4, 2, 1, bias=bias), Norm(width[i - 1])]
-            if i >= depth - 3:  # z is dropout, in the three innermost levels, at test time too (Sec. 3.1)
-                layers.append(nn.Dropout(0.5))
-            self.up.append(nn.Sequential(*layers))
-        joined = 2 * ngf if skips else ngf
-        self.up.append(nn.Sequential(nn.ReLU(), nn.ConvTranspose2d(joined, out_channels, 4, 2, 1), nn.Tanh()))
+        for i in range(depth):
+            first, last = i == 0, i == depth - 1
+            down = [nn.LeakyReLU(0.2), nn.Conv2d(in_channels if first else width[i - 1], width[i], 4, 2, 1, bias=bias)]
+            down += [] if first or last else [Norm(width[i])]  # a normalised 1x1 map would hold nothing
+            c_in, c_out = width[i] if last or not skips else 2 * width[i], out_channels if first else width[i - 1]
+            up = [nn.ReLU(), nn.ConvTranspose2d(c_in, c_out, 4, 2, 1, bias=bias or first)]
+            up += [nn.Tanh()] if first else [Norm(c_out)]
+            up += [nn.Dropout(0.5)] if i >= depth - 3 else []  # the noise z, at test time too (Sec. 3.1)
+            self.down.append(nn.Sequential(*down[first:]))
+            self.up.insert(0, nn.Sequential(*up))
 
     def forward(self, x):
         levels = []
         for down in self.down:
-            x = down(x)  # (N, 64, H/2, W/2), (N, 128, H/4, W/4), ... (N, 512, H/size, W/size)
-            levels.append(x)
+            levels.append(x := down(x))  # (N, 64, H/2, W/2), (N, 128, H/4, W/4), ... (N, 512, H/size, W/size)
         x = self.up[0](levels.pop())
         for up in self.up[1:]:
             x = up(torch.cat([x, levels.pop()], 1) if self.skips else x)
@@ -168,13 +166,13 @@ class Discriminator(nn.Module):
     def __init__(self, in_channels=6, ndf=64, n_layers=3, norm="batch"):
         super().__init__()
         Norm, bias = NORMS[norm], norm == "instance"
-        kernel, stride, pad = (4, 2, 1) if n_layers else (1, 1, 0)
+        kernel, pad = (4, 1) if n_layers else (1, 0)
         width = [ndf * min(2**i, 8) for i in range(max(n_layers, 1) + 1)]
-        layers = [nn.Conv2d(in_channels, ndf, kernel, stride, pad), nn.LeakyReLU(0.2)]  # no norm on the first
+        layers = [nn.Conv2d(in_channels, ndf, kernel, 2 if n_layers else 1, pad), nn.LeakyReLU(0.2)]  # no norm here
         for i in range(1, len(width)):
             stride = 2 if i < n_layers else 1
-            layers.append(nn.Conv2d(width[i - 1], width[i], kernel, stride, pad, bias=bias))
-            layers += [Norm(width[i]), nn.LeakyReLU(0.2)]
+            layers += [nn.Conv2d(width[i - 1], width[i], kernel, stride, pad, bias=bias), Norm(width[i])]
+            layers += [nn.LeakyReLU(0.2)]
         self.layers = nn.Sequential(*layers, nn.Conv2d(width[-1], 1, kernel, 1, pad, bias=bias or n_layers > 0))
 
     def forward(self, x):
@@ -197,11 +195,11 @@ def gan_loss(logits, real):
 def build(args):
     """{name: network or optimiser}: all that is learned, on args.device; a checkpoint holds their states."""
     torch.manual_seed(args.seed)
-    seen = args.out_channels + (args.in_channels if "cgan" in args.loss else 0)  # an unconditional D sees no x
+    seen = args.out_channels + ("cgan" in args.loss) * args.in_channels  # an unconditional D does not see x
     G = Generator(args.in_channels, args.out_channels, args.size, args.ngf, args.norm, not args.no_skips)
     D = Discriminator(seen, args.ndf, args.n_layers, args.norm)
-    state = {name: net.apply(init_weights).to(args.device) for name, net in (("G", G), ("D", D))}
-    for name in ("G", "D"):  # the rate is a tensor, so that a recorded step follows the schedule
+    state = {"G": G.apply(init_weights).to(args.device), "D": D.apply(init_weights).to(args.device)}
+    for name in "GD":  # the rate is a tensor, so that a recorded step follows the schedule
         rate = torch.tensor(args.lr, device=args.device)
         state[f"opt_{name}"] = torch.optim.Adam(state[name].parameters(), rate, betas=(0.5, 0.999), fused=True)
     return state
@@ -213,23 +211,24 @@ def make_step(args, state):
     It gives back its losses as 0-d tensors and reads nothing back from the device, so it can be recorded and replayed.
     """
     G, D, opt_G, opt_D = (state[name] for name in ("G", "D", "opt_G", "opt_D"))
+    adversarial, conditional = "gan" in args.loss, "cgan" in args.loss
 
     def step(x, y):
         losses, loss_G = {}, 0.0
+        with torch.autocast(x.device.type, torch.bfloat16, args.bf16):
+            fake = G(x)
+            if adversarial:  # one pass each: batch norm needs the statistics of each
+                on_real = D(torch.cat([x, y], 1) if conditional else y)
+                on_fake = D(torch.cat([x, fake], 1) if conditional else fake)
         opt_D.zero_grad()
         opt_G.zero_grad()
-        with autocast(args):
-            fake = G(x)
-            if "gan" in args.loss:  # a pass for each, as batch norm needs the statistics of each
-                on_real = D(torch.cat([x, y], 1) if "cgan" in args.loss else y)
-                on_fake = D(torch.cat([x, fake], 1) if "cgan" in args.loss else fake)
-        if "gan" in args.loss:
+        if adversarial:
             # D: max log D(x, y) + log(1 - D(x, G(x))), halved so that D learns slower than G (Sec. 3.3)
             losses["loss_D"] = (gan_loss(on_real, True) + gan_loss(on_fake, False)) / 2
             losses["loss_D"].backward(inputs=list(D.parameters()), retain_graph=True)
-            # G: max log D(x, G(x)), which does not saturate, instead of min log(1 - D(x, G(x))) (Sec. 3.3)
+            # G: max log D(x, G(x)), which does not saturate, for min log(1 - D(x, G(x))) (Sec. 3.3)
             losses["loss_G"] = loss_G = gan_loss(on_fake, True)
-        if "l1" in args.loss:  # and min lambda |y - G(x)| (Eq. 3)
+        if "l1" in args.loss:  # G: and min lambda |y - G(x)| (Eq. 3, 4)
             losses["loss_l1"] = F.l1_loss(fake.float(), y)
             loss_G = loss_G + args.lambda_l1 * losses["loss_l1"]
         loss_G.backward(inputs=list(G.parameters()))
@@ -256,7 +255,7 @@ def train(args):
             saving = stopped or step == goal or step % args.save_every == 0 or time.monotonic() - saved > 600
             row = report(args, step, goal, epoch, losses, row, saving or step == begun + 1)
             if saving:
-                save(args, state, step, len(data))
+                save(args, state, step)
                 if stopped:
                     sys.exit(128 + stopped[0])
                 paint(args, state["G"], [*tests.items()][:4], args.run / "samples" / f"{step:07}.png")
@@ -271,13 +270,13 @@ def train(args):
 
 
 def refuse(sentence):
-    """Bad input ends in one sentence, by way of `main`, and exit status 2."""
+    """Bad input ends in one sentence and exit status 2, by way of `main`."""
     raise SystemExit(f"{SCRIPT}.py: {sentence}")
 
 
 @contextlib.contextmanager
 def blame(what):
-    """Refuse `what` if anything at all goes wrong: files that others wrote fail in many ways."""
+    """Refuse `what` if anything goes wrong with it: what others wrote or sent fails in many ways."""
     try:
         yield
     except Exception as error:
@@ -286,32 +285,35 @@ def blame(what):
 
 @contextlib.contextmanager
 def replacing(path):
-    """A file to write to, which becomes `path` when it is whole and on the disk, and is gone if anything fails."""
+    """A file to write to, which becomes `path` when it is whole and on the disk, and otherwise leaves nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
+    part = path.with_name(f"{path.name}.part")
     try:
         with open(part, "wb") as file:
             yield file
-            file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
 
 
-def autocast(args):
-    """Bfloat16 in networks, if asked for, or by itself where the device is built for it: recent GPUs, CPUs with AMX."""
-    kind = torch.device(args.device).type
-    fast = kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    fast = fast or kind == "cpu" and torch.cpu.get_capabilities().get("amx_bf16", False)
-    return torch.autocast(kind, torch.bfloat16, enabled=fast if args.precision == "auto" else args.precision == "bf16")
+@contextlib.contextmanager
+def signals():
+    """A list onto which SIGINT and SIGTERM are put, so that the loop can save before it ends."""
+    caught = []
+    before = {kind: signal.signal(kind, lambda number, frame: caught.append(number)) for kind in (2, 15)}
+    try:
+        yield caught
+    finally:
+        for kind, handler in before.items():
+            signal.signal(kind, handler)
 
 
 def streets(count, seed, size=64):
-    """Toy scenes: maps (N, 3, size, size), photos (N, 3, size, size) and class ids (N, size, size), all uint8.
+    """Toy maps (N, 3, size, size) and photos (N, 3, size, size), uint8, and class ids (N, size, size).
 
-    Blocks of ground (0), buildings (1) and parks (2) between roads (3), a river (4) through some. A map is flat colours;
-    in a photo each class is a texture of random phase, and 0, 1 and 2 have the same mean colour.
+    Ground 0, buildings 1, parks 2, roads 3, river 4: flat colours in a map, textures of random phase in a photo, of which
+    the first three have one mean colour.
     """
     rng, (row, col) = np.random.default_rng(seed), np.mgrid[:size, :size]
     colour = np.array([(240, 236, 224), (196, 120, 104), (124, 190, 110), (255, 214, 90), (110, 168, 220)], np.uint8)
@@ -324,7 +326,7 @@ def streets(count, seed, size=64):
         label[:] = rng.integers(0, 3, (size, size))[(u // wide).astype(int), (v // tall).astype(int)]
         label[(u % wide < 5) | (v % tall < 5)] = 3
         label[abs(u + 6 * np.sin(v / 9 + phase[0]) - rng.uniform(1, 4.5) * size) < 5] = 4
-        grain, stripes, waves = rng.normal(0, 1, (size, size)), np.sin(1.3 * u + phase[1]), np.sin(0.8 * v + phase[2])
+        grain, stripes, waves = rng.normal(0, 1, (size, size)), np.sin(1.3 * row + phase[1]), np.sin(0.8 * v + phase[2])
         weave = np.sin(0.9 * row + phase[3]) * np.sin(0.9 * col + phase[4])
         texture = np.choose(label, [11 * grain, 48 * stripes, 70 * weave, 3 * grain, 14 * waves])
         photo[:] = (mean[label] + texture[..., None]).clip(0, 255)
@@ -334,35 +336,33 @@ def streets(count, seed, size=64):
 def load_pairs(args, split):
     """{name: uint8 (in + out channels, S, S)}: the pairs of "train" at --load-size, or of "test" at --size.
 
-    A folder is decoded once, and so checked before training, into a hidden file in it (below --data-root where it is
-    read-only) that is mapped into memory. A GPU holds the pairs if they fit in a quarter of what is free there.
+    A folder is decoded once, before training, into a hidden file there that is mapped into memory (below --data-root if
+    the folder is read-only). A GPU takes the pairs if they fit in a quarter of what is free.
     """
     size = args.load_size if split == "train" else args.size
     if args.data == "toy":
-        scenes = streets(600 if split == "train" else 100, split != "train", size)
-        pairs = torch.from_numpy(np.concatenate(scenes[1::-1] if args.direction == "BtoA" else scenes[:2], 1))
-        return {f"{i:03}": pair for i, pair in enumerate(pairs.to(args.device))}
+        scenes = streets(600 if split == "train" else 100, split != "train", size)[:2]
+        pairs = np.concatenate(scenes if args.direction == "AtoB" else scenes[::-1], 1)
+        return {f"{i:03}": pair for i, pair in enumerate(torch.from_numpy(pairs).to(args.device))}
     folder = find_data(args)
     found = find_pairs(args, folder, split) or dict([*find_pairs(args, folder, "train").items()][:16])  # no test split
     shape = (len(found), args.in_channels + args.out_channels, size, size)
     home = folder if os.access(folder, os.W_OK) else args.data_root / "cache" / folder.resolve().name
-    cache = home / f".{SCRIPT}-{split}-{'x'.join(map(str, shape[1:]))}-{args.direction}-{args.source}.cache"
-    changed = max(file.stat().st_ctime for files in found.values() for file in files)
-    if not cache.exists() or cache.stat().st_size != math.prod(shape) or cache.stat().st_mtime < changed:
+    cache = home / f".{SCRIPT}-{split}-{shape[1]}x{size}x{size}-{args.direction}-{args.source}.cache"
+    made = cache.stat().st_mtime if cache.exists() and cache.stat().st_size == math.prod(shape) else 0
+    if made < max(file.stat().st_ctime for files in found.values() for file in files):
+        print(f"decoding {len(found)} images of {folder}, once", flush=True)
         with replacing(cache) as file, ThreadPoolExecutor() as pool:
             for i in range(0, len(found), 64):  # a few at a time, so that memory stays flat
                 for pair in pool.map(lambda files: read_pair(args, files, size), [*found.values()][i : i + 64]):
                     file.write(pair.numpy())
-                if i % 1024 == 0:
-                    print(f"decoding {folder}, once: image {i + 1} of {len(found)}", flush=True)
     pairs = torch.from_file(str(cache), size=math.prod(shape), dtype=torch.uint8).view(shape)
-    if "cuda" in args.device and pairs.nbytes < torch.cuda.mem_get_info()[0] // 4:
-        pairs = pairs.to(args.device)
-    return dict(zip(found, pairs))
+    roomy = "cuda" in args.device and pairs.nbytes < torch.cuda.mem_get_info()[0] // 4
+    return dict(zip(found, pairs.to(args.device) if roomy else pairs))
 
 
 def find_data(args):
-    """The folder that --data means; a named set lies below --data-root, or is downloaded to there."""
+    """The folder that --data means; a named set lies below --data-root, or is downloaded to there in up to three tries."""
     folder = args.data_root / args.data if args.data in SETS else Path(args.data)
     archive, part = args.data_root / f"{args.data}.tar.gz", args.data_root / f".{args.data}.part"
     if folder.is_dir():
@@ -370,20 +370,14 @@ def find_data(args):
     if args.data not in SETS:
         refuse(f"--data {args.data} is no folder and none of {', '.join(SETS)}")
     if args.data == "cityscapes":
-        refuse(
-            "cityscapes is withheld by its owners: register at cityscapes-dataset.com, fetch leftImg8bit_trainvaltest and"
-            f" gtFine_trainvaltest, and put photos into {folder}/trainA and testA, colour labels into trainB and testB"
-        )
+        have = f"photos (leftImg8bit) into {folder}/trainA and testA, colour labels (gtFine) into trainB and testB"
+        refuse(f"cityscapes is withheld by its owners: register at cityscapes-dataset.com, and put {have}, named alike")
     with blame(f"{HOST}{archive.name} cannot be had: fetch it by hand as {archive}, or unpack it to {folder}"):
+        args.data_root.mkdir(parents=True, exist_ok=True)
         for attempt in range(3):
             if not archive.exists():
-                print(f"downloading {HOST}{archive.name}", flush=True)
-                args.data_root.mkdir(parents=True, exist_ok=True)
-                with contextlib.nullcontext() if attempt == 2 else contextlib.suppress(OSError):
+                with contextlib.suppress(OSError) if attempt < 2 else contextlib.nullcontext():
                     torch.hub.download_url_to_file(HOST + archive.name, str(archive))
-        if archive.stat().st_size != BYTES.get(args.data, archive.stat().st_size):
-            raise OSError(f"{archive} should have {BYTES[args.data]} bytes: delete it")
-        shutil.rmtree(part, ignore_errors=True)
         with tarfile.open(archive) as tar:
             tar.extractall(part, filter="data")  # nothing outside of `part`, no device, no link out of it
         os.replace(part / args.data, folder)
@@ -405,25 +399,23 @@ def find_pairs(args, folder, split):
     return {}
 
 
-def find_images(folder):
-    """{name: file} of all images below `folder`, in order; a name keeps its suffix where it would be another's."""
+def find_images(path):
+    """{name: file} of all images below a folder, or of a file; a name keeps its suffix where it would be another's."""
     suffixes, found = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"), {}
-    for file in sorted(folder.rglob("[!.]*")):
+    for file in sorted(path.rglob("[!.]*")) if path.is_dir() else [path]:
+        name = file.relative_to(path if path.is_dir() else path.parent).as_posix()
+        stem = name.removesuffix(file.suffix)
         if file.suffix.lower() in suffixes:
-            name = file.relative_to(folder)
-            stem = name.with_suffix("").as_posix()
-            found[name.as_posix() if stem in found else stem] = file
-    return found or refuse(f"{folder} holds no images ({', '.join(suffixes)})")
+            found[name if stem in found else stem] = file
+    return found or refuse(f"{path} holds no images ({', '.join(suffixes)})")
 
 
 def read_image(path, mode):
     """An image of any usual kind, upright, with 8 bits, in Pillow's `mode`; what is transparent shows white."""
     with blame(f"{path} cannot be read as an image"), Image.open(path) as file:
         image = ImageOps.exif_transpose(file)
-        if image.mode[0] in "IF":  # 16 bits, or floats up to 1
-            values = np.asarray(image, np.float64)
-            full = 65535 if image.mode[1:] or values.max() > 255 else 255 if values.max() > 1 else 1
-            image = Image.fromarray(np.uint8((values / full * 255).round().clip(0, 255)))
+        if image.mode[0] == "I":  # 16 bits
+            image = Image.fromarray(np.uint8(np.asarray(image).clip(0, 65535) // 257))
         if image.has_transparency_data and "A" not in mode:
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
         return image.convert(mode)
@@ -437,24 +429,28 @@ def read_pair(args, files, size):
     if len(files) == 1 and not args.source:
         (w, h), half = images[0].size, images[0].width // 2
         images = [images[0].crop(box) for box in ((0, 0, half, h), (half, 0, w, h))]
-    if images[0].size != images[-1].size or min(images[0].size) < args.size:
-        sizes = " and ".join(f"{image.width}x{image.height}" for image in images)
-        refuse(
-            f"{' and '.join(map(str, files))}: {sizes} pixels; halves must be equal and no smaller than --size {args.size}"
-        )
+    sizes = [f"{image.width}x{image.height}" for image in images]
+    if sizes[0] != sizes[-1] or min(images[0].size) < args.size:
+        refuse(f"{files[0]} has {' and '.join(sizes)} pixels: A and B must be equal, and --size {args.size} at least")
     images = [image.resize((size, size), Image.Resampling.BICUBIC) for image in images]
     images = from_photo(args, images[0]) if args.source else [i.convert(m) for i, m in zip(images, modes)][::turn]
     return torch.cat([pil_to_tensor(image) for image in images])
 
 
+def lab(image, back=False):
+    """sRGB to CIE Lab, or back, as Pillow images; bytes are 2.55 L, 128 + a, 128 + b."""
+    profiles = (ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"))[:: -1 if back else 1]
+    return ImageCms.profileToProfile(image, *profiles, outputMode="RGB" if back else "LAB")
+
+
 def from_photo(args, photo):
-    """Input and output made of a photo: its L and ab (Lab, ab/110 as in the authors' code), its edges, or itself twice."""
-    if args.source == "gray":  # Pillow's a and b are 128 where there is no colour
-        light, *ab = ImageCms.profileToProfile(photo, SRGB, LAB, outputMode="LAB").split()
-        return light, Image.merge("LA", [band.point(lambda v: (v - 128) / 110 * 127.5 + 127.5) for band in ab])
+    """Input and output made of a photo: L and ab of CIE Lab, edges and the photo, or the photo twice."""
+    if args.source == "gray":
+        light, a, b = lab(photo).split()
+        return light, Image.merge("LA", (a, b))
     if args.source == "edges":  # where the blurred photo is steep; the paper's HED edges need a network of their own
-        down, right = np.gradient(np.float32(photo.convert("L").filter(ImageFilter.GaussianBlur(1))))
-        return Image.fromarray(np.uint8(255 * (np.hypot(down, right) < 12))), photo
+        slopes = np.gradient(np.float32(photo.convert("L").filter(ImageFilter.GaussianBlur(1))))
+        return Image.fromarray(np.uint8(255 * (np.hypot(*slopes) < 12))), photo
     return photo, photo
 
 
@@ -470,36 +466,34 @@ def to_xy(args, pixels):
 def batches(args, data, step):
     """Yields epoch, x and y (B, C, size, size) in [-1, 1] for each update after `step`, all drawn from the seed alone.
 
-    Jitter is a random crop out of --load-size; crop and mirror are the same for x and y. A batch may span two epochs.
+    Jitter is a random crop out of --load-size; x and y share crop and mirror. A batch may reach into the next epoch.
     """
-    pairs, epoch, batch = [*data.values()], 0, []
-    for k in itertools.count(step * args.batch_size):
-        if k // len(pairs) + 1 != epoch:
-            epoch = k // len(pairs) + 1
-            order = np.random.default_rng([args.seed, epoch]).permutation(len(pairs))
-        rng = np.random.default_rng([args.seed, epoch, k])
-        top, left = rng.integers(0, args.load_size - args.size + 1, 2)
-        pair = pairs[order[k % len(pairs)]][:, top : top + args.size, left : left + args.size]
-        batch.append(pair.flip(-1) if rng.random() < 0.5 and not args.no_mirror else pair)
-        if len(batch) == args.batch_size:
-            yield epoch, *to_xy(args, torch.stack(batch))
-            batch = []
+    pairs = list(data.values())
+    order = functools.cache(lambda epoch: np.random.default_rng([args.seed, epoch]).permutation(len(pairs)))
+    for step in itertools.count(step):
+        rng, batch = np.random.default_rng([args.seed, step, 1]), []
+        for k in range(step * args.batch_size, (step + 1) * args.batch_size):
+            top, left = rng.integers(0, args.load_size - args.size + 1, 2)
+            pair = pairs[order(k // len(pairs))[k % len(pairs)]][:, top : top + args.size, left : left + args.size]
+            batch.append(pair.flip(-1) if rng.random() < 0.5 and not args.no_mirror else pair)
+        yield step * args.batch_size // len(pairs) + 1, *to_xy(args, torch.stack(batch))
 
 
 def paint(args, G, items, grid, folder=None):
-    """Put each (name, uint8 (C, H, W)) of `items` through G, into `folder` if given, and the first 16 into one `grid`.
+    """Put (name, uint8 (C, H, W)) `items` through G, into `folder` if given; a `grid` shows the first 16 with x and y.
 
-    As in training, G has dropout and batch statistics (Sec. 3.3), unless --eval; each image starts from the seed. It is
-    padded by reflection to multiples of --size, and cropped back. The grid shows input | output | target, if there is one.
+    As in training G has dropout and batch statistics (Sec. 3.3), unless --eval, and starts from --seed each time. x is
+    padded by reflection to multiples of --size, and G(x) cropped back.
     """
     G, cells = deepcopy(G).train(not args.eval), []  # a copy, as batch norm keeps averages of what it sees
     for name, pixels in items:
         h, w = pixels.shape[1:]
         padded = np.pad(pixels.cpu(), ((0, 0), (0, -h % args.size), (0, -w % args.size)), "reflect")
         x, y = to_xy(args, torch.from_numpy(padded)[None])
-        with torch.random.fork_rng([args.device] if "cuda" in args.device else []), torch.no_grad(), autocast(args):
+        with torch.no_grad(), torch.random.fork_rng(range(torch.cuda.device_count())):
             torch.manual_seed(args.seed)
-            shown = [x, G(x).float(), y][: 3 if y.shape[1] else 2]
+            with torch.autocast(x.device.type, torch.bfloat16, args.bf16):
+                shown = [x, G(x).float(), y][: 3 if y.shape[1] else 2]
         images = [picture(args, image[0, :, :h, :w], x[0, :, :h, :w]) for image in shown]
         if folder:
             with replacing(folder / f"{name}.png") as file:
@@ -512,149 +506,111 @@ def paint(args, G, items, grid, folder=None):
 
 def picture(args, image, x):
     """(C, H, W) in [-1, 1] as a Pillow image; in colorization ab is joined to the L of the input x."""
-    if args.source != "gray" or len(image) == 1:
-        return to_pil_image((image * 127.5 + 127.5).round().byte().cpu())
-    bands = [to_pil_image(band) for band in torch.cat([x * 127.5 + 127.5, image * 110 + 128]).round().byte().cpu()]
-    return ImageCms.profileToProfile(Image.merge("LAB", bands), LAB, SRGB, outputMode="RGB")
+    colorized = args.source == "gray" and len(image) == 2
+    pixels = (torch.cat([x, image] if colorized else [image]) * 127.5 + 127.5).round().byte().cpu()
+    return lab(Image.merge("LAB", [*map(to_pil_image, pixels)]), back=True) if colorized else to_pil_image(pixels)
 
 
 def translate(args):
-    """Translate --translate, an image or a folder, of any size, by RUN/last.pt. Returns the folder with the results.
+    """Translate --translate, an image or a folder, of any size, by RUN/last.pt. Returns the folder of the results.
 
-    Colorization takes the L of a photo, edges are drawn unless the image is grey already, a hole is cut in the middle.
+    Colorization takes the L of a photo, inpainting cuts the middle out; after --from edges, give it drawings.
     """
-    source, to = args.translate, args.to or args.run / "translated"
-    checkpoint = read_checkpoint(args.run / "last.pt")
+    to, checkpoint = args.to or args.run / "translated", read_checkpoint(args.run / "last.pt")
     args = argparse.Namespace(**vars(args) | checkpoint["settings"])
     with blame(f"{args.run / 'last.pt'} is damaged"):
         G = build(args)["G"]
         G.load_state_dict(checkpoint["G"])
 
-    def pixels(file):
-        image = read_image(file, "RGB" if args.source else MODES[args.in_channels])
-        drawn = args.source == "edges" and not np.ptp(image, 2).any()
-        return pil_to_tensor(image.convert("L") if drawn else from_photo(args, image)[0])
+    def read(file):
+        if args.source == "gray":
+            return pil_to_tensor(from_photo(args, read_image(file, "RGB"))[0])
+        return pil_to_tensor(read_image(file, MODES[args.in_channels]))
 
-    files = find_images(source) if source.is_dir() else {source.stem: source}
-    paint(args, G, ((name, pixels(file)) for name, file in files.items()), to / "comparison.png", to)
-    print(f"{len(files)} images translated to {to}, compared in {to / 'comparison.png'}")
+    items = ((name, read(file)) for name, file in find_images(args.translate).items())
+    paint(args, G, items, to / "comparison.png", to)
+    print(f"translated to {to}: see {to / 'comparison.png'}")
     return to
 
 
-def settings(args, count):
-    """What decides what is learned, which a run that goes on must share: options, name of the data, number of pairs."""
-    free = ("data_root", "run", "max_steps", "save_every", "fresh", "device", "translate", "to", "eval")
-    kept = {name: value for name, value in vars(args).items() if name not in free}
-    return kept | {"data": Path(args.data).resolve().name, "pairs": count}
-
-
-def save(args, state, step, count):
-    """Write RUN/last.pt, from which the run goes on and images are translated; not if a weight is not finite."""
-    for name in ("G", "D"):
-        if not all(weight.isfinite().all() for weight in state[name].parameters()):
-            refuse(
-                f"update {step} made {name} not finite: {args.run}/last.pt stays as it was; try a lower --lr, or fp32"
-            )
-    random = [torch.get_rng_state(), torch.cuda.get_rng_state() if "cuda" in args.device else None]
-    about = {"script": SCRIPT, "version": 1, "step": step, "settings": settings(args, count), "random": random}
-    about["log"] = (args.run / "log.jsonl").stat().st_size
+def save(args, state, step):
+    """Write RUN/last.pt, from which the run goes on and images are translated; refused if a weight is not finite."""
+    if not all(weight.isfinite().all() for name in "GD" for weight in state[name].parameters()):
+        refuse(f"update {step} made weights that are not finite: {args.run}/last.pt was left as it is; lower --lr")
+    checkpoint = {"script": SCRIPT, "version": 1, "step": step, "settings": args.settings}
+    checkpoint["log"] = (args.run / "log.jsonl").stat().st_size
+    checkpoint["random"] = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
     with replacing(args.run / "last.pt") as file:
-        torch.save(about | {name: part.state_dict() for name, part in state.items()}, file)
+        torch.save(checkpoint | {name: part.state_dict() for name, part in state.items()}, file)
 
 
 def read_checkpoint(path):
-    """The dict that `save` wrote to `path`; no code in it is ever run."""
-    if not path.exists():
-        refuse(f"{path} is missing: train first, or name the run with --run")
-    with blame(f"{path} is damaged, or no checkpoint: --fresh starts over and keeps it"):
+    """The dict that `save` wrote; no code that it may hold is run."""
+    with blame(f"{path} cannot be used as a checkpoint of {SCRIPT}.py"):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         if (checkpoint["script"], checkpoint["version"]) != (SCRIPT, 1):
-            refuse(f"{path} was written by {checkpoint['script']}.py, version {checkpoint['version']}")
+            raise ValueError(f"it is one of {checkpoint['script']}.py, version {checkpoint['version']}")
         return checkpoint
 
 
 def resume(args, state, count):
     """Make RUN, or go on with it: load RUN/last.pt if it is there. Returns the step it was saved at, or 0."""
+    args.settings = {name: value for name, value in vars(args).items() if name not in FREE}
+    args.settings |= {"data": Path(args.data).resolve().name, "pairs": count}
     if args.fresh and args.run.exists():
-        olds = (args.run.with_name(f"{args.run.name}.old-{n}") for n in itertools.count(1))
-        args.run.rename(next(old for old in olds if not old.exists()))
-    path, now, then = args.run / "last.pt", settings(args, count), {"step": 0, "log": 0}
+        args.run.rename(
+            args.run.with_name(f"{args.run.name}.old-{len([*args.run.parent.glob(args.run.name + '.old-*')]) + 1}")
+        )
+    path, then = args.run / "last.pt", {"step": 0, "log": 0}
     if path.exists():
         then = read_checkpoint(path)
-        old = then["settings"]
-        if differ := [f"{name} was {old.get(name)}, is {now[name]}" for name in now if now[name] != old.get(name)]:
-            refuse(f"{args.run} was begun with other settings ({'; '.join(differ)}): repeat those, or use --fresh")
+        if differ := dict(then["settings"].items() - args.settings.items()):
+            refuse(f"{args.run} was begun with other settings, {differ}: repeat those, or use --fresh")
         with blame(f"{path} is damaged: --fresh starts over and keeps it"):
             for name, part in state.items():
                 part.load_state_dict(then[name])
             torch.set_rng_state(then["random"][0])
-            if "cuda" in args.device and then["random"][1] is not None:
-                torch.cuda.set_rng_state(then["random"][1])
+            torch.cuda.set_rng_state_all(then["random"][1 : 1 + torch.cuda.device_count()])
     with replacing(args.run / "config.json") as file:
-        file.write(json.dumps(now | {"torch": torch.__version__}, indent=2).encode())
+        file.write(json.dumps(args.settings | {"torch": torch.__version__}, indent=2).encode())
     with open(args.run / "log.jsonl", "ab") as log:  # what was logged after the checkpoint will be logged again
         log.truncate(min(log.tell(), then["log"]))
     return then["step"]
 
 
 def report(args, step, goal, epoch, losses, last, must):
-    """A line on the screen and a row in RUN/log.jsonl, every ten seconds, every second on a terminal, or if it `must`.
-
-    Takes and returns the time and the step of the `last` row. A loss that is not finite ends the run.
-    """
+    """Refuse losses that are not finite; print and log them now and then, or if it `must`; `last` is (time, step) of that."""
     now, terminal = time.monotonic(), sys.stdout.isatty()
     due = must or now - last[0] > (1 if terminal else 10)
     if not due and args.device != "cpu":  # reading a loss makes the host wait for the device
         return last
     values = {name: loss.item() for name, loss in losses.items()}
     if not all(map(math.isfinite, values.values())):
-        refuse(
-            f"update {step} has a loss that is not finite, {values}; {args.run}/last.pt stays as it was: lower --lr, or --precision fp32"
-        )
+        refuse(f"a loss is not finite at update {step}, {values}: {args.run}/last.pt was left as it is; lower --lr")
     if not due:
         return last
     rate = (step - last[1]) * args.batch_size / (now - last[0])
     with open(args.run / "log.jsonl", "a") as log:
         log.write(json.dumps({"step": step, "epoch": epoch, **values, "images_per_s": round(rate, 2)}) + "\n")
-    left = timedelta(seconds=round((goal - step) * args.batch_size / rate))
-    shown = "  ".join(f"{name} {value:.3f}" for name, value in values.items())
-    text = f"{step}/{goal}  epoch {epoch}  {shown}  {rate:.1f} images/s  {left} left"
-    print(f"\r{text:<100}" if terminal else text, end="" if terminal and step < goal else "\n", flush=True)
+    text = "  ".join([f"{step}/{goal}", f"epoch {epoch}", *(f"{name} {value:.3f}" for name, value in values.items())])
+    text += f"  {rate:.1f} images/s  {timedelta(seconds=(goal - step) * args.batch_size // rate)} left"
+    print(f"\r{text:<99}" if terminal else text, end="\n" if step == goal or not terminal else "", flush=True)
     return now, step
 
 
-@contextlib.contextmanager
-def signals():
-    """A list onto which SIGINT and SIGTERM are put, so that the loop can save before it ends."""
-    caught, kinds = [], (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(kind, lambda number, frame: caught.append(number)) for kind in kinds]
-    try:
-        yield caught
-    finally:
-        for kind, handler in zip(kinds, before):
-            signal.signal(kind, handler)
-
-
 def main(argv=None):
-    """Train or translate. What goes wrong outside of this code ends in one sentence and exit status 2."""
+    """Train, or translate; what goes wrong outside of this code ends in one sentence and exit status 2."""
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))
     try:
         args = get_args(argv)
         return (translate if args.translate else train)(args)
     except KeyboardInterrupt:
         sys.exit(130)
-    except SystemExit as end:
-        if not isinstance(end.code, str):
+    except (SystemExit, OSError, MemoryError, torch.OutOfMemoryError) as error:  # a full disk, say
+        if isinstance(error, SystemExit) and not isinstance(error.code, str):
             raise
-        sentence = end.code
-    except OSError as error:  # a full disk, a folder that must not be written to
-        sentence = f"{SCRIPT}.py: {error.filename or 'writing'}: {error.strerror}"
-    except (MemoryError, RuntimeError) as error:
-        if "memory" not in str(error):
-            raise
-        sentence = f"{SCRIPT}.py: out of memory: lower --batch-size or --size"
-    print(sentence, file=sys.stderr)
-    sys.exit(2)
+        print(str(error).partition("\n")[0], file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":
