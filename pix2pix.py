@@ -17,7 +17,6 @@ no norm, which would wipe it out.
 
 import argparse
 import contextlib
-import functools
 import itertools
 import json
 import math
@@ -25,6 +24,7 @@ import os
 import signal
 import sys
 import tarfile
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
@@ -41,7 +41,7 @@ from torchvision.utils import make_grid
 
 SCRIPT, HOST = "pix2pix", "http://efrosgans.eecs.berkeley.edu/pix2pix/datasets/"
 SETS = {  # the named sets, and what each changes
-    "toy": dict(size=64, load_size=64, ngf=32, ndf=32, epochs=12, batch_size=4, save_every=600),
+    "toy": dict(size=64, load_size=64, ngf=32, ndf=32, n_layers=2, epochs=12, batch_size=4, save_every=600),
     "facades": dict(direction="BtoA"),
     "maps": dict(),
     "cityscapes": dict(direction="BtoA"),
@@ -51,6 +51,7 @@ SETS = {  # the named sets, and what each changes
 }
 MADE = {"gray": (1, 2), "hole": (3, 3), "edges": (1, 3)}  # channels of input and output, --from photos
 MODES = (None, "L", "LA", "RGB", "RGBA")  # Pillow's names for so many channels
+PROFILES = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
 FREE = "data_root run max_steps save_every fresh device bf16 translate to eval".split()  # a run may go on with others
 
 
@@ -85,10 +86,7 @@ def get_args(argv=None):
     add("--fresh", action="store_true", help="start over; the old run is kept as DIR.old-N")
     add("--device", help="cpu, cuda, cuda:1, mps, ... (the accelerator, if there is one)")
     add(
-        "--precision",
-        choices=("auto", "fp32", "bf16"),
-        default="auto",
-        help="auto: bf16 where the device is fast at it",
+        "--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 where the device excels at it"
     )
     add("--translate", type=Path, metavar="PATH", help="translate an image or a folder with what was trained")
     add("--to", type=Path, help="folder for translations (RUN/translated)")
@@ -102,25 +100,19 @@ def get_args(argv=None):
     args.load_size = args.load_size or args.size * 286 // 256
     args.in_channels, args.out_channels = MADE.get(args.source, (args.in_channels, args.out_channels))
     args.run = args.run or Path("runs", f"{SCRIPT}-{Path(args.data).resolve().name}")
-    if args.size & (args.size - 1) or not 16 <= args.size <= args.load_size or args.size >> args.n_layers < 3:
-        refuse(
-            f"--size {args.size}: give a power of two, from 16 or 4 * 2**n_layers up to --load-size {args.load_size}"
-        )
+    if args.size & (args.size - 1) or not max(16, 3 << args.n_layers) <= args.size <= args.load_size:
+        refuse(f"--size {args.size}: give a power of two above 2 * 2**n_layers, 16 to --load-size {args.load_size}")
     if args.source and (args.data in SETS or args.direction == "BtoA"):
         refuse(f"--from {args.source} needs a folder of photos as --data, and no --direction")
     args.device = args.device or str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     with blame(f"--device {args.device} is not to be had on this machine: leave it out to use what there is"):
         torch.zeros(1, device=args.device).item()
-    fast = (
-        torch.cuda.is_bf16_supported(False) if "cuda" in args.device else torch.cpu.get_capabilities().get("amx_bf16")
-    )
+    fast = "cuda" in args.device and torch.cuda.is_bf16_supported(False) or torch.cpu.get_capabilities().get("amx_bf16")
     args.bf16 = args.precision == "bf16" or args.precision == "auto" and bool(fast)
     return args
 
 
 # -- the method ------------------------------------------------------------------------------------------------------
-
-NORMS = {"batch": nn.BatchNorm2d, "instance": nn.InstanceNorm2d}
 
 
 class Generator(nn.Module):
@@ -132,17 +124,17 @@ class Generator(nn.Module):
 
     def __init__(self, in_channels=3, out_channels=3, size=256, ngf=64, norm="batch", skips=True):
         super().__init__()
-        Norm, bias = NORMS[norm], norm == "instance"  # batch norm has a shift of its own
-        depth, self.skips, self.down, self.up = int(math.log2(size)), skips, nn.ModuleList(), nn.ModuleList()
-        width = [ngf * min(2**i, 8) for i in range(depth)]
-        for i in range(depth):
-            first, last = i == 0, i == depth - 1
+        Norm, bias = (nn.BatchNorm2d, False) if norm == "batch" else (nn.InstanceNorm2d, True)
+        self.skips, self.down, self.up = skips, nn.ModuleList(), nn.ModuleList()
+        width = [ngf * min(2**i, 8) for i in range(int(math.log2(size)))]
+        for i in range(len(width)):
+            first, last = i == 0, i == len(width) - 1
             down = [nn.LeakyReLU(0.2), nn.Conv2d(in_channels if first else width[i - 1], width[i], 4, 2, 1, bias=bias)]
             down += [] if first or last else [Norm(width[i])]  # a normalised 1x1 map would hold nothing
             c_in, c_out = width[i] if last or not skips else 2 * width[i], out_channels if first else width[i - 1]
             up = [nn.ReLU(), nn.ConvTranspose2d(c_in, c_out, 4, 2, 1, bias=bias or first)]
             up += [nn.Tanh()] if first else [Norm(c_out)]
-            up += [nn.Dropout(0.5)] if i >= depth - 3 else []  # the noise z, at test time too (Sec. 3.1)
+            up += [nn.Dropout(0.5)] if i >= len(width) - 3 else []  # the noise z, at test time too (Sec. 3.1)
             self.down.append(nn.Sequential(*down[first:]))
             self.up.insert(0, nn.Sequential(*up))
 
@@ -165,26 +157,27 @@ class Discriminator(nn.Module):
 
     def __init__(self, in_channels=6, ndf=64, n_layers=3, norm="batch"):
         super().__init__()
-        Norm, bias = NORMS[norm], norm == "instance"
+        Norm, bias = (nn.BatchNorm2d, False) if norm == "batch" else (nn.InstanceNorm2d, True)
         kernel, pad = (4, 1) if n_layers else (1, 0)
         width = [ndf * min(2**i, 8) for i in range(max(n_layers, 1) + 1)]
         layers = [nn.Conv2d(in_channels, ndf, kernel, 2 if n_layers else 1, pad), nn.LeakyReLU(0.2)]  # no norm here
         for i in range(1, len(width)):
-            stride = 2 if i < n_layers else 1
-            layers += [nn.Conv2d(width[i - 1], width[i], kernel, stride, pad, bias=bias), Norm(width[i])]
-            layers += [nn.LeakyReLU(0.2)]
+            conv = nn.Conv2d(width[i - 1], width[i], kernel, 2 if i < n_layers else 1, pad, bias=bias)
+            layers += [conv, Norm(width[i]), nn.LeakyReLU(0.2)]
         self.layers = nn.Sequential(*layers, nn.Conv2d(width[-1], 1, kernel, 1, pad, bias=bias or n_layers > 0))
 
     def forward(self, x):
         return self.layers(x)
 
 
-def init_weights(module):
-    """N(0, .02) for convolutions, N(1, .02) for the gain of batch norm, zero for biases (Sec. 3.3, authors' code)."""
-    if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d)):
-        nn.init.normal_(module.weight, 1.0 if isinstance(module, nn.BatchNorm2d) else 0.0, 0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
+def init_weights(net):
+    """N(0, .02) for convolutions, N(1, .02) for gains of batch norm, zero for biases (as the authors' code)."""
+    for name, weight in net.named_parameters():
+        if name.endswith("bias"):
+            nn.init.zeros_(weight)
+        else:
+            nn.init.normal_(weight, 1.0 if weight.ndim == 1 else 0.0, 0.02)
+    return net
 
 
 def gan_loss(logits, real):
@@ -196,11 +189,11 @@ def build(args):
     """{name: network or optimiser}: all that is learned, on args.device; a checkpoint holds their states."""
     torch.manual_seed(args.seed)
     seen = args.out_channels + ("cgan" in args.loss) * args.in_channels  # an unconditional D does not see x
-    G = Generator(args.in_channels, args.out_channels, args.size, args.ngf, args.norm, not args.no_skips)
-    D = Discriminator(seen, args.ndf, args.n_layers, args.norm)
-    state = {"G": G.apply(init_weights).to(args.device), "D": D.apply(init_weights).to(args.device)}
-    for name in "GD":  # the rate is a tensor, so that a recorded step follows the schedule
-        rate = torch.tensor(args.lr, device=args.device)
+    G = init_weights(Generator(args.in_channels, args.out_channels, args.size, args.ngf, args.norm, not args.no_skips))
+    D = init_weights(Discriminator(seen, args.ndf, args.n_layers, args.norm))
+    state = {"G": G.to(args.device), "D": D.to(args.device)}
+    for name in "GD":
+        rate = torch.tensor(args.lr, device=args.device)  # a tensor, so that a recorded step follows the schedule
         state[f"opt_{name}"] = torch.optim.Adam(state[name].parameters(), rate, betas=(0.5, 0.999), fused=True)
     return state
 
@@ -211,18 +204,17 @@ def make_step(args, state):
     It gives back its losses as 0-d tensors and reads nothing back from the device, so it can be recorded and replayed.
     """
     G, D, opt_G, opt_D = (state[name] for name in ("G", "D", "opt_G", "opt_D"))
-    adversarial, conditional = "gan" in args.loss, "cgan" in args.loss
 
     def step(x, y):
         losses, loss_G = {}, 0.0
-        with torch.autocast(x.device.type, torch.bfloat16, args.bf16):
-            fake = G(x)
-            if adversarial:  # one pass each: batch norm needs the statistics of each
-                on_real = D(torch.cat([x, y], 1) if conditional else y)
-                on_fake = D(torch.cat([x, fake], 1) if conditional else fake)
         opt_D.zero_grad()
         opt_G.zero_grad()
-        if adversarial:
+        with torch.autocast(x.device.type, torch.bfloat16, args.bf16):
+            fake = G(x)
+            if "gan" in args.loss:  # one pass each: batch norm needs the statistics of each
+                on_real = D(torch.cat([x, y], 1) if "cgan" in args.loss else y)
+                on_fake = D(torch.cat([x, fake], 1) if "cgan" in args.loss else fake)
+        if "gan" in args.loss:
             # D: max log D(x, y) + log(1 - D(x, G(x))), halved so that D learns slower than G (Sec. 3.3)
             losses["loss_D"] = (gan_loss(on_real, True) + gan_loss(on_fake, False)) / 2
             losses["loss_D"].backward(inputs=list(D.parameters()), retain_graph=True)
@@ -241,8 +233,7 @@ def make_step(args, state):
 
 def train(args):
     """Train for --epochs, from RUN/last.pt if it is there, then translate the test split. Returns the run folder."""
-    data, tests = load_pairs(args, "train"), load_pairs(args, "test")
-    state = build(args)
+    data, tests, state = load_pairs(args, "train"), load_pairs(args, "test"), build(args)
     begun = resume(args, state, len(data))
     goal = min(math.ceil(args.epochs * len(data) / args.batch_size), args.max_steps or math.inf)
     update, row, saved = make_step(args, state), (time.monotonic(), begun), time.monotonic()
@@ -255,11 +246,10 @@ def train(args):
             saving = stopped or step == goal or step % args.save_every == 0 or time.monotonic() - saved > 600
             row = report(args, step, goal, epoch, losses, row, saving or step == begun + 1)
             if saving:
-                save(args, state, step)
+                saved = save(args, state, step)
                 if stopped:
                     sys.exit(128 + stopped[0])
                 paint(args, state["G"], [*tests.items()][:4], args.run / "samples" / f"{step:07}.png")
-                saved = time.monotonic()
     if not (grid := args.run / "samples" / f"{goal:07}-test.png").exists():
         paint(args, state["G"], tests.items(), grid, args.run / "test")
     print(f"{args.run} is finished, {goal} updates: {grid} shows the test split; --fresh starts over")
@@ -305,29 +295,27 @@ def signals():
     try:
         yield caught
     finally:
-        for kind, handler in before.items():
-            signal.signal(kind, handler)
+        [signal.signal(kind, handler) for kind, handler in before.items()]
 
 
 def streets(count, seed, size=64):
     """Toy maps (N, 3, size, size) and photos (N, 3, size, size), uint8, and class ids (N, size, size).
 
-    Ground 0, buildings 1, parks 2, roads 3, river 4: flat colours in a map, textures of random phase in a photo, of which
-    the first three have one mean colour.
+    Ground 0, building 1, park 2, road 3, river 4: flat colours in a map; in a photo textures of random phase, and the
+    first three have one mean colour.
     """
     rng, (row, col) = np.random.default_rng(seed), np.mgrid[:size, :size]
     colour = np.array([(240, 236, 224), (196, 120, 104), (124, 190, 110), (255, 214, 90), (110, 168, 220)], np.uint8)
     mean = np.array([(132, 126, 112), (132, 126, 112), (132, 126, 112), (82, 82, 90), (58, 92, 122)])
     photos, ids = np.empty((count, size, size, 3), np.uint8), np.empty((count, size, size), np.uint8)
     for photo, label in zip(photos, ids):
-        angle, phase = rng.uniform(0, math.pi), rng.uniform(0, 2 * math.pi, 5)
+        angle, (wide, tall), p = rng.uniform(0, math.pi), rng.uniform(18, 30, 2), rng.uniform(0, 2 * math.pi, 5)
         u, v = (row * math.cos(a) + col * math.sin(a) + rng.uniform(2, 3) * size for a in (angle, angle + math.pi / 2))
-        wide, tall = rng.uniform(18, 30, 2)
         label[:] = rng.integers(0, 3, (size, size))[(u // wide).astype(int), (v // tall).astype(int)]
         label[(u % wide < 5) | (v % tall < 5)] = 3
-        label[abs(u + 6 * np.sin(v / 9 + phase[0]) - rng.uniform(1, 4.5) * size) < 5] = 4
-        grain, stripes, waves = rng.normal(0, 1, (size, size)), np.sin(1.3 * row + phase[1]), np.sin(0.8 * v + phase[2])
-        weave = np.sin(0.9 * row + phase[3]) * np.sin(0.9 * col + phase[4])
+        label[abs(u + 6 * np.sin(v / 9 + p[0]) - rng.uniform(1, 4.5) * size) < 5] = 4
+        grain, stripes, waves = rng.normal(0, 1, (size, size)), np.sin(1.3 * row + p[1]), np.sin(0.8 * v + p[2])
+        weave = np.sin(0.9 * row + p[3]) * np.sin(0.9 * col + p[4])
         texture = np.choose(label, [11 * grain, 48 * stripes, 70 * weave, 3 * grain, 14 * waves])
         photo[:] = (mean[label] + texture[..., None]).clip(0, 255)
     return colour[ids].transpose(0, 3, 1, 2), photos.transpose(0, 3, 1, 2), ids
@@ -336,14 +324,14 @@ def streets(count, seed, size=64):
 def load_pairs(args, split):
     """{name: uint8 (in + out channels, S, S)}: the pairs of "train" at --load-size, or of "test" at --size.
 
-    A folder is decoded once, before training, into a hidden file there that is mapped into memory (below --data-root if
-    the folder is read-only). A GPU takes the pairs if they fit in a quarter of what is free.
+    A folder is decoded once, before training, into a hidden file in it (below --data-root if it is read-only), which is
+    mapped into memory. A GPU takes the pairs if they fit in a quarter of what is free.
     """
     size = args.load_size if split == "train" else args.size
     if args.data == "toy":
         scenes = streets(600 if split == "train" else 100, split != "train", size)[:2]
-        pairs = np.concatenate(scenes if args.direction == "AtoB" else scenes[::-1], 1)
-        return {f"{i:03}": pair for i, pair in enumerate(torch.from_numpy(pairs).to(args.device))}
+        pairs = torch.from_numpy(np.concatenate(scenes if args.direction == "AtoB" else scenes[::-1], 1))
+        return {f"{i:03}": pair for i, pair in enumerate(pairs.to(args.device))}
     folder = find_data(args)
     found = find_pairs(args, folder, split) or dict([*find_pairs(args, folder, "train").items()][:16])  # no test split
     shape = (len(found), args.in_channels + args.out_channels, size, size)
@@ -362,9 +350,9 @@ def load_pairs(args, split):
 
 
 def find_data(args):
-    """The folder that --data means; a named set lies below --data-root, or is downloaded to there in up to three tries."""
+    """The folder that --data means; a named set lies below --data-root, or is downloaded to there."""
     folder = args.data_root / args.data if args.data in SETS else Path(args.data)
-    archive, part = args.data_root / f"{args.data}.tar.gz", args.data_root / f".{args.data}.part"
+    url, archive = f"{HOST}{args.data}.tar.gz", args.data_root / f"{args.data}.tar.gz"
     if folder.is_dir():
         return folder
     if args.data not in SETS:
@@ -372,20 +360,20 @@ def find_data(args):
     if args.data == "cityscapes":
         have = f"photos (leftImg8bit) into {folder}/trainA and testA, colour labels (gtFine) into trainB and testB"
         refuse(f"cityscapes is withheld by its owners: register at cityscapes-dataset.com, and put {have}, named alike")
-    with blame(f"{HOST}{archive.name} cannot be had: fetch it by hand as {archive}, or unpack it to {folder}"):
-        args.data_root.mkdir(parents=True, exist_ok=True)
-        for attempt in range(3):
-            if not archive.exists():
-                with contextlib.suppress(OSError) if attempt < 2 else contextlib.nullcontext():
-                    torch.hub.download_url_to_file(HOST + archive.name, str(archive))
-        with tarfile.open(archive) as tar:
+    args.data_root.mkdir(parents=True, exist_ok=True)
+    with blame(f"{url} cannot be had: fetch it by hand as {archive}, or unpack it to {folder}"):
+        for attempt in range(0 if archive.exists() else 3):
+            with contextlib.suppress(OSError) if attempt < 2 else contextlib.nullcontext():
+                torch.hub.download_url_to_file(url, str(archive))
+                break
+        with tempfile.TemporaryDirectory(dir=args.data_root) as part, tarfile.open(archive) as tar:
             tar.extractall(part, filter="data")  # nothing outside of `part`, no device, no link out of it
-        os.replace(part / args.data, folder)
+            os.replace(Path(part, args.data), folder)
     return folder
 
 
 def find_pairs(args, folder, split):
-    """{name: (file,)} of images with two halves, or photos for --from, or {name: (A, B)}; {} without a test split."""
+    """{name: (file,)} of side-by-side images or of photos, or {name: (A, B)}; {} if there is no test split."""
     for part in ("train", ".") if split == "train" else ("test", "val"):
         for a, b in ((f"{part}A", f"{part}B"), (f"{part}/A", f"{part}/B"), (f"A/{part}", f"B/{part}")):
             if not args.source and ((folder / a).is_dir() or (folder / b).is_dir()):
@@ -437,16 +425,10 @@ def read_pair(args, files, size):
     return torch.cat([pil_to_tensor(image) for image in images])
 
 
-def lab(image, back=False):
-    """sRGB to CIE Lab, or back, as Pillow images; bytes are 2.55 L, 128 + a, 128 + b."""
-    profiles = (ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"))[:: -1 if back else 1]
-    return ImageCms.profileToProfile(image, *profiles, outputMode="RGB" if back else "LAB")
-
-
 def from_photo(args, photo):
     """Input and output made of a photo: L and ab of CIE Lab, edges and the photo, or the photo twice."""
     if args.source == "gray":
-        light, a, b = lab(photo).split()
+        light, a, b = ImageCms.profileToProfile(photo, *PROFILES, outputMode="LAB").split()
         return light, Image.merge("LA", (a, b))
     if args.source == "edges":  # where the blurred photo is steep; the paper's HED edges need a network of their own
         slopes = np.gradient(np.float32(photo.convert("L").filter(ImageFilter.GaussianBlur(1))))
@@ -468,15 +450,18 @@ def batches(args, data, step):
 
     Jitter is a random crop out of --load-size; x and y share crop and mirror. A batch may reach into the next epoch.
     """
-    pairs = list(data.values())
-    order = functools.cache(lambda epoch: np.random.default_rng([args.seed, epoch]).permutation(len(pairs)))
-    for step in itertools.count(step):
-        rng, batch = np.random.default_rng([args.seed, step, 1]), []
-        for k in range(step * args.batch_size, (step + 1) * args.batch_size):
-            top, left = rng.integers(0, args.load_size - args.size + 1, 2)
-            pair = pairs[order(k // len(pairs))[k % len(pairs)]][:, top : top + args.size, left : left + args.size]
-            batch.append(pair.flip(-1) if rng.random() < 0.5 and not args.no_mirror else pair)
-        yield step * args.batch_size // len(pairs) + 1, *to_xy(args, torch.stack(batch))
+    pairs, orders, batch = [*data.values()], {}, []
+    for k in itertools.count(step * args.batch_size):
+        epoch, i = divmod(k, len(pairs))
+        if epoch not in orders:
+            orders = {epoch: np.random.default_rng([args.seed, epoch]).permutation(len(pairs))}
+        rng = np.random.default_rng([args.seed, epoch, i])
+        top, left = rng.integers(0, args.load_size - args.size + 1, 2)
+        pair = pairs[orders[epoch][i]][:, top : top + args.size, left : left + args.size]
+        batch.append(pair.flip(-1) if rng.random() < 0.5 and not args.no_mirror else pair)
+        if len(batch) == args.batch_size:
+            yield epoch + 1, *to_xy(args, torch.stack(batch))
+            batch = []
 
 
 def paint(args, G, items, grid, folder=None):
@@ -508,33 +493,30 @@ def picture(args, image, x):
     """(C, H, W) in [-1, 1] as a Pillow image; in colorization ab is joined to the L of the input x."""
     colorized = args.source == "gray" and len(image) == 2
     pixels = (torch.cat([x, image] if colorized else [image]) * 127.5 + 127.5).round().byte().cpu()
-    return lab(Image.merge("LAB", [*map(to_pil_image, pixels)]), back=True) if colorized else to_pil_image(pixels)
+    if colorized:
+        bands = [to_pil_image(band) for band in pixels]
+        return ImageCms.profileToProfile(Image.merge("LAB", bands), *PROFILES[::-1], outputMode="RGB")
+    return to_pil_image(pixels)
 
 
 def translate(args):
-    """Translate --translate, an image or a folder, of any size, by RUN/last.pt. Returns the folder of the results.
-
-    Colorization takes the L of a photo, inpainting cuts the middle out; after --from edges, give it drawings.
-    """
-    to, checkpoint = args.to or args.run / "translated", read_checkpoint(args.run / "last.pt")
+    """Translate --translate, an image or a folder, of any size, by RUN/last.pt. Returns the folder of the results."""
+    path, to, files = args.run / "last.pt", args.to or args.run / "translated", find_images(args.translate)
+    checkpoint = read_checkpoint(path)
     args = argparse.Namespace(**vars(args) | checkpoint["settings"])
-    with blame(f"{args.run / 'last.pt'} is damaged"):
+    with blame(f"{path} is damaged"):
         G = build(args)["G"]
         G.load_state_dict(checkpoint["G"])
-
-    def read(file):
-        if args.source == "gray":
-            return pil_to_tensor(from_photo(args, read_image(file, "RGB"))[0])
-        return pil_to_tensor(read_image(file, MODES[args.in_channels]))
-
-    items = ((name, read(file)) for name, file in find_images(args.translate).items())
+    gray = args.source == "gray"  # only then is x made of the image; after --from edges it is the drawing
+    images = ((name, read_image(file, "RGB" if gray else MODES[args.in_channels])) for name, file in files.items())
+    items = ((name, pil_to_tensor(from_photo(args, image)[0] if gray else image)) for name, image in images)
     paint(args, G, items, to / "comparison.png", to)
-    print(f"translated to {to}: see {to / 'comparison.png'}")
+    print(f"translated {len(files)} images to {to}")
     return to
 
 
 def save(args, state, step):
-    """Write RUN/last.pt, from which the run goes on and images are translated; refused if a weight is not finite."""
+    """Write RUN/last.pt, to go on from or translate with, unless a weight is not finite. Returns the time."""
     if not all(weight.isfinite().all() for name in "GD" for weight in state[name].parameters()):
         refuse(f"update {step} made weights that are not finite: {args.run}/last.pt was left as it is; lower --lr")
     checkpoint = {"script": SCRIPT, "version": 1, "step": step, "settings": args.settings}
@@ -542,6 +524,7 @@ def save(args, state, step):
     checkpoint["random"] = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
     with replacing(args.run / "last.pt") as file:
         torch.save(checkpoint | {name: part.state_dict() for name, part in state.items()}, file)
+    return time.monotonic()
 
 
 def read_checkpoint(path):
@@ -557,10 +540,9 @@ def resume(args, state, count):
     """Make RUN, or go on with it: load RUN/last.pt if it is there. Returns the step it was saved at, or 0."""
     args.settings = {name: value for name, value in vars(args).items() if name not in FREE}
     args.settings |= {"data": Path(args.data).resolve().name, "pairs": count}
+    olds = (args.run.with_name(f"{args.run.name}.old-{n}") for n in itertools.count(1))
     if args.fresh and args.run.exists():
-        args.run.rename(
-            args.run.with_name(f"{args.run.name}.old-{len([*args.run.parent.glob(args.run.name + '.old-*')]) + 1}")
-        )
+        args.run.rename(next(old for old in olds if not old.exists()))
     path, then = args.run / "last.pt", {"step": 0, "log": 0}
     if path.exists():
         then = read_checkpoint(path)
@@ -579,22 +561,24 @@ def resume(args, state, count):
 
 
 def report(args, step, goal, epoch, losses, last, must):
-    """Refuse losses that are not finite; print and log them now and then, or if it `must`; `last` is (time, step) of that."""
+    """Print and log the losses now and then, or if it `must`. Takes and returns time and step of the `last` row."""
     now, terminal = time.monotonic(), sys.stdout.isatty()
     due = must or now - last[0] > (1 if terminal else 10)
     if not due and args.device != "cpu":  # reading a loss makes the host wait for the device
         return last
-    values = {name: loss.item() for name, loss in losses.items()}
-    if not all(map(math.isfinite, values.values())):
-        refuse(f"a loss is not finite at update {step}, {values}: {args.run}/last.pt was left as it is; lower --lr")
+    row = {"step": step, "epoch": epoch} | {name: loss.item() for name, loss in losses.items()}
+    if not all(map(math.isfinite, row.values())):
+        refuse(
+            f"a loss is not finite, {row}: {args.run}/last.pt was left as it is; try a lower --lr or --precision fp32"
+        )
     if not due:
         return last
-    rate = (step - last[1]) * args.batch_size / (now - last[0])
+    row["images_per_s"] = (step - last[1]) * args.batch_size / (now - last[0])
     with open(args.run / "log.jsonl", "a") as log:
-        log.write(json.dumps({"step": step, "epoch": epoch, **values, "images_per_s": round(rate, 2)}) + "\n")
-    text = "  ".join([f"{step}/{goal}", f"epoch {epoch}", *(f"{name} {value:.3f}" for name, value in values.items())])
-    text += f"  {rate:.1f} images/s  {timedelta(seconds=(goal - step) * args.batch_size // rate)} left"
-    print(f"\r{text:<99}" if terminal else text, end="\n" if step == goal or not terminal else "", flush=True)
+        log.write(json.dumps(row) + "\n")
+    left = timedelta(seconds=(goal - step) * args.batch_size // row["images_per_s"])
+    text = "  ".join(f"{name} {value:.4g}" for name, value in row.items()) + f"  {left} left of {goal} steps"
+    print(f"\r{text:<119}" if terminal else text, end="\n" if step == goal or not terminal else "", flush=True)
     return now, step
 
 
