@@ -85,9 +85,7 @@ def get_args(argv=None):
     add("--save-every", type=int, default=5000, help="updates between checkpoints; ten minutes at most")
     add("--fresh", action="store_true", help="start over; the old run is kept as DIR.old-N")
     add("--device", help="cpu, cuda, cuda:1, mps, ... (the accelerator, if there is one)")
-    add(
-        "--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 where the device excels at it"
-    )
+    add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 where it is much faster")
     add("--translate", type=Path, metavar="PATH", help="translate an image or a folder with what was trained")
     add("--to", type=Path, help="folder for translations (RUN/translated)")
     add("--eval", action="store_true", help="translate without dropout, with running averages, unlike the paper")
@@ -233,12 +231,12 @@ def make_step(args, state):
 
 def train(args):
     """Train for --epochs, from RUN/last.pt if it is there, then translate the test split. Returns the run folder."""
-    data, tests, state = load_pairs(args, "train"), load_pairs(args, "test"), build(args)
-    begun = resume(args, state, len(data))
-    goal = min(math.ceil(args.epochs * len(data) / args.batch_size), args.max_steps or math.inf)
+    (pairs, read), (tests, read_test), state = load_pairs(args, "train"), load_pairs(args, "test"), build(args)
+    begun = resume(args, state, len(pairs))
+    goal = min(math.ceil(args.epochs * len(pairs) / args.batch_size), args.max_steps or math.inf)
     update, row, saved = make_step(args, state), (time.monotonic(), begun), time.monotonic()
     with signals() as stopped:
-        for step, (epoch, x, y) in zip(range(begun + 1, goal + 1), batches(args, data, begun)):
+        for step, (epoch, x, y) in zip(range(begun + 1, goal + 1), batches(args, len(pairs), read, begun)):
             decay = max(0, epoch - args.epochs + args.decay_epochs) / (args.decay_epochs + 1)
             for optimiser in (state["opt_D"], state["opt_G"]):
                 optimiser.param_groups[0]["lr"].fill_(args.lr * (1 - decay))
@@ -249,9 +247,9 @@ def train(args):
                 saved = save(args, state, step)
                 if stopped:
                     sys.exit(128 + stopped[0])
-                paint(args, state["G"], [*tests.items()][:4], args.run / "samples" / f"{step:07}.png")
+                paint(args, state["G"], tests[:4], read_test, args.run / "samples" / f"{step:07}.png")
     if not (grid := args.run / "samples" / f"{goal:07}-test.png").exists():
-        paint(args, state["G"], tests.items(), grid, args.run / "test")
+        paint(args, state["G"], tests, read_test, grid, args.run / "test")
     print(f"{args.run} is finished, {goal} updates: {grid} shows the test split; --fresh starts over")
     return args.run
 
@@ -290,12 +288,13 @@ def replacing(path):
 @contextlib.contextmanager
 def signals():
     """A list onto which SIGINT and SIGTERM are put, so that the loop can save before it ends."""
-    caught = []
-    before = {kind: signal.signal(kind, lambda number, frame: caught.append(number)) for kind in (2, 15)}
+    caught, kinds = [], (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(kind, lambda number, frame: caught.append(number)) for kind in kinds]
     try:
         yield caught
     finally:
-        [signal.signal(kind, handler) for kind, handler in before.items()]
+        for kind, handler in zip(kinds, before):
+            signal.signal(kind, handler)
 
 
 def streets(count, seed, size=64):
@@ -322,16 +321,16 @@ def streets(count, seed, size=64):
 
 
 def load_pairs(args, split):
-    """{name: uint8 (in + out channels, S, S)}: the pairs of "train" at --load-size, or of "test" at --size.
+    """Pairs of "train" at --load-size or "test" at --size: names, and read(i) -> uint8 (in + out channels, S, S).
 
-    A folder is decoded once, before training, into a hidden file in it (below --data-root if it is read-only), which is
-    mapped into memory. A GPU takes the pairs if they fit in a quarter of what is free.
+    A folder is decoded once, before training, into a hidden file in it (below --data-root if it is read-only), and read
+    from there pair by pair, so that memory stays flat. A GPU takes all if they fit in a quarter of what is free.
     """
     size = args.load_size if split == "train" else args.size
     if args.data == "toy":
         scenes = streets(600 if split == "train" else 100, split != "train", size)[:2]
         pairs = torch.from_numpy(np.concatenate(scenes if args.direction == "AtoB" else scenes[::-1], 1))
-        return {f"{i:03}": pair for i, pair in enumerate(pairs.to(args.device))}
+        return [f"{i:03}" for i in range(len(pairs))], pairs.to(args.device).__getitem__
     folder = find_data(args)
     found = find_pairs(args, folder, split) or dict([*find_pairs(args, folder, "train").items()][:16])  # no test split
     shape = (len(found), args.in_channels + args.out_channels, size, size)
@@ -344,9 +343,16 @@ def load_pairs(args, split):
             for i in range(0, len(found), 64):  # a few at a time, so that memory stays flat
                 for pair in pool.map(lambda files: read_pair(args, files, size), [*found.values()][i : i + 64]):
                     file.write(pair.numpy())
-    pairs = torch.from_file(str(cache), size=math.prod(shape), dtype=torch.uint8).view(shape)
-    roomy = "cuda" in args.device and pairs.nbytes < torch.cuda.mem_get_info()[0] // 4
-    return dict(zip(found, pairs.to(args.device) if roomy else pairs))
+    if "cuda" in args.device and math.prod(shape) < torch.cuda.mem_get_info()[0] // 4:
+        pairs = torch.from_file(str(cache), size=math.prod(shape), dtype=torch.uint8).view(shape)
+        return list(found), pairs.to(args.device).__getitem__
+    file, one = open(cache, "rb"), math.prod(shape[1:])
+
+    def read(i):
+        file.seek(i * one)
+        return torch.from_numpy(np.fromfile(file, np.uint8, one).reshape(shape[1:]))
+
+    return list(found), read
 
 
 def find_data(args):
@@ -445,34 +451,34 @@ def to_xy(args, pixels):
     return x, y
 
 
-def batches(args, data, step):
+def batches(args, count, read, step):
     """Yields epoch, x and y (B, C, size, size) in [-1, 1] for each update after `step`, all drawn from the seed alone.
 
     Jitter is a random crop out of --load-size; x and y share crop and mirror. A batch may reach into the next epoch.
     """
-    pairs, orders, batch = [*data.values()], {}, []
+    orders, batch = {}, []
     for k in itertools.count(step * args.batch_size):
-        epoch, i = divmod(k, len(pairs))
+        epoch, i = divmod(k, count)
         if epoch not in orders:
-            orders = {epoch: np.random.default_rng([args.seed, epoch]).permutation(len(pairs))}
+            orders = {epoch: np.random.default_rng([args.seed, epoch]).permutation(count).tolist()}
         rng = np.random.default_rng([args.seed, epoch, i])
         top, left = rng.integers(0, args.load_size - args.size + 1, 2)
-        pair = pairs[orders[epoch][i]][:, top : top + args.size, left : left + args.size]
+        pair = read(orders[epoch][i])[:, top : top + args.size, left : left + args.size]
         batch.append(pair.flip(-1) if rng.random() < 0.5 and not args.no_mirror else pair)
         if len(batch) == args.batch_size:
             yield epoch + 1, *to_xy(args, torch.stack(batch))
             batch = []
 
 
-def paint(args, G, items, grid, folder=None):
-    """Put (name, uint8 (C, H, W)) `items` through G, into `folder` if given; a `grid` shows the first 16 with x and y.
+def paint(args, G, names, read, grid, folder=None):
+    """Put read(i), uint8 (C, H, W), of each name through G, into `folder` if given; a `grid` shows 16 with x and y.
 
     As in training G has dropout and batch statistics (Sec. 3.3), unless --eval, and starts from --seed each time. x is
     padded by reflection to multiples of --size, and G(x) cropped back.
     """
     G, cells = deepcopy(G).train(not args.eval), []  # a copy, as batch norm keeps averages of what it sees
-    for name, pixels in items:
-        h, w = pixels.shape[1:]
+    for i, name in enumerate(names):
+        h, w = (pixels := read(i)).shape[1:]
         padded = np.pad(pixels.cpu(), ((0, 0), (0, -h % args.size), (0, -w % args.size)), "reflect")
         x, y = to_xy(args, torch.from_numpy(padded)[None])
         with torch.no_grad(), torch.random.fork_rng(range(torch.cuda.device_count())):
@@ -501,16 +507,22 @@ def picture(args, image, x):
 
 def translate(args):
     """Translate --translate, an image or a folder, of any size, by RUN/last.pt. Returns the folder of the results."""
-    path, to, files = args.run / "last.pt", args.to or args.run / "translated", find_images(args.translate)
+    path, to = args.run / "last.pt", args.to or args.run / "translated"
+    names, files = zip(*find_images(args.translate).items())
+    if to.resolve() == (args.translate if args.translate.is_dir() else args.translate.parent).resolve():
+        refuse(f"--to {to} is the folder of the originals: choose another")
     checkpoint = read_checkpoint(path)
     args = argparse.Namespace(**vars(args) | checkpoint["settings"])
     with blame(f"{path} is damaged"):
         G = build(args)["G"]
         G.load_state_dict(checkpoint["G"])
-    gray = args.source == "gray"  # only then is x made of the image; after --from edges it is the drawing
-    images = ((name, read_image(file, "RGB" if gray else MODES[args.in_channels])) for name, file in files.items())
-    items = ((name, pil_to_tensor(from_photo(args, image)[0] if gray else image)) for name, image in images)
-    paint(args, G, items, to / "comparison.png", to)
+
+    def read(i):  # colorization takes the L of a photo; after --from edges the image is the drawing
+        if args.source == "gray":
+            return pil_to_tensor(from_photo(args, read_image(files[i], "RGB"))[0])
+        return pil_to_tensor(read_image(files[i], MODES[args.in_channels]))
+
+    paint(args, G, names, read, to / "comparison.png", to)
     print(f"translated {len(files)} images to {to}")
     return to
 

@@ -1,0 +1,52 @@
+"""What every test shares: one thread a process, a folder of its own, and ways to run a script."""
+
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported; results then have the same bits in every process
+
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+from scripts import ROWS, environment, run_main
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """No test leaves anything in the folder that pytest was started from."""
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="session", params=ROWS, ids=lambda row: row.name)
+def row(request):
+    """A script, as the table in scripts.py describes it."""
+    return request.param
+
+
+@pytest.fixture
+def call(capsys):
+    """call(row, *flags): the script's main in this process; gives back its exit status and what it printed."""
+
+    def call(row, *flags):
+        capsys.readouterr()
+        code = run_main(row, *flags)
+        return SimpleNamespace(code=code, **capsys.readouterr()._asdict())
+
+    return call
+
+
+@pytest.fixture
+def start():
+    """start(file, *flags): the script in a process of its own, which is ended with the test at the latest."""
+    children = []
+
+    def start(file, *flags, **options):
+        options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "env": environment()} | options
+        children.append(subprocess.Popen([sys.executable, str(file), *map(str, flags)], **options))
+        return children[-1]
+
+    yield start
+    for child in children:
+        child.kill()
+        child.communicate()

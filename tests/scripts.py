@@ -1,0 +1,164 @@
+"""The table of scripts that the suite runs over, a row a script, and what its tests share."""
+
+import importlib
+import json
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).parent.parent
+
+
+@dataclass(frozen=True, repr=False)
+class Row:
+    """What the suite must know of a script beyond the contract."""
+
+    name: str
+    tiny: str  # flags of the smallest sensible run on toy data
+    parts: tuple[str, ...]  # what build's dict and a checkpoint hold, at least
+    inputs: dict[str, Callable]  # network: args -> the tensors that it takes
+    batch: Callable  # args -> the tensors that step takes
+    tests: int  # images of the toy test split, each of them in RUN/test
+    data: Callable  # writes 8 items that --data can name into a folder
+    resume: str  # flags of a run on those, with a batch that does not divide 8 and all that is random
+    use: Callable  # folder, run -> flags that use the run, the folder they write to, {file in it: size of the picture}
+    changes: tuple[str, ...]  # settings that a run cannot go on with
+    bad: tuple[str, ...]  # arguments that are refused
+    method_lines: int
+    file_lines: int
+
+    @property
+    def file(self):
+        return ROOT / f"{self.name}.py"
+
+    @property
+    def module(self):
+        return importlib.import_module(self.name)
+
+    def args(self, *flags):
+        return self.module.get_args([*self.tiny.split(), *map(str, flags)])
+
+
+def images(*shape):
+    """Images in [-1, 1], the same in each call."""
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+
+def pairs(folder):
+    """Eight images of two halves, 40x40 pixels each."""
+    rng = np.random.default_rng(0)
+    folder.mkdir(parents=True)
+    for i in range(8):
+        Image.fromarray(rng.integers(0, 256, (40, 80, 3), np.uint8)).save(folder / f"{i}.png")
+
+
+def photos_to_translate(folder, run):
+    """Two images of unlike sizes and kinds, one of them in a folder below, for `--translate`."""
+    (folder / "photos" / "more").mkdir(parents=True)
+    Image.new("RGB", (40, 24), "teal").save(folder / "photos" / "a.png")
+    Image.new("L", (33, 50), 77).save(folder / "photos" / "more" / "b.jpg")
+    flags = ["--run", run, "--translate", folder / "photos", "--to", folder / "out", "--device", "cpu"]
+    return flags, folder / "out", {"a.png": (40, 24), "more/b.png": (33, 50)}
+
+
+ROWS = [
+    Row(
+        name="pix2pix",
+        tiny="--size 32 --load-size 32 --ngf 4 --ndf 4 --n-layers 1 --batch-size 2 --precision fp32 --device cpu",
+        parts=("G", "D", "opt_G", "opt_D"),
+        inputs={
+            "G": lambda args: (images(2, args.in_channels, args.size, args.size),),
+            "D": lambda args: (images(2, args.in_channels + args.out_channels, args.size, args.size),),
+        },
+        batch=lambda args: images(2, args.batch_size, 3, args.size, args.size).unbind(),
+        tests=100,
+        data=pairs,
+        resume="--size 32 --load-size 36 --ngf 4 --ndf 4 --n-layers 1 --batch-size 3 --precision fp32 --device cpu",
+        use=photos_to_translate,
+        changes=(
+            "--lr 0.001",
+            "--batch-size 3",
+            "--seed 1",
+            "--epochs 13",
+            "--decay-epochs 2",
+            "--load-size 36",
+            "--precision bf16",
+            "--ngf 8",
+            "--ndf 8",
+            "--n-layers 2",
+            "--norm instance",
+            "--loss l1",
+            "--lambda-l1 1",
+            "--no-skips",
+            "--no-mirror",
+            "--direction BtoA",
+            "--in-channels 1",
+        ),
+        bad=(
+            "--size 48",
+            "--size 64",  # above --load-size
+            "--load-size 16",
+            "--n-layers 5",
+            "--n-layers -1",
+            "--ngf 0",
+            "--lambda-l1 nan",
+            "--decay-epochs -1",
+            "--loss l2",
+            "--norm group",
+            "--in-channels 5",
+            "--from gray",
+            "--direction AtoC",
+        ),
+        method_lines=144,
+        file_lines=500,
+    ),
+]
+
+
+def environment(**more):
+    """The environment of a child process: one thread, and nothing of this repository within its reach."""
+    kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "COLUMNS")}
+    return kept | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"} | more
+
+
+def run_main(row, *flags):
+    """Exit status of the script's main, called in this process."""
+    handlers = {kind: signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        row.module.main([*map(str, flags)])
+        return 0
+    except SystemExit as end:
+        return end.code or 0
+    finally:
+        for kind, handler in handlers.items():
+            signal.signal(kind, handler)
+
+
+def snapshot(folder):
+    """{name: bytes} of all files below a folder, and {name: None} of the folders."""
+    found = sorted(folder.rglob("*"))
+    return {path.relative_to(folder).as_posix(): path.read_bytes() if path.is_file() else None for path in found}
+
+
+def read_log(run):
+    """The rows of log.jsonl."""
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+def read_checkpoint(run):
+    """The dict in last.pt."""
+    return torch.load(run / "last.pt", weights_only=True)
+
+
+def assert_refused(result, *names):
+    """Exit status 2 and one sentence on standard error, which holds one of `names`."""
+    assert result.code == 2, result
+    assert len(result.err.splitlines()) == 1 and result.err.strip(), result.err
+    assert "Traceback" not in result.err
+    assert not names or any(name in result.err for name in names), result.err
