@@ -17,6 +17,8 @@ no norm, which would wipe it out.
 
 import argparse
 import contextlib
+import functools
+import hashlib
 import itertools
 import json
 import math
@@ -26,6 +28,7 @@ import sys
 import tarfile
 import tempfile
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from datetime import timedelta
@@ -50,7 +53,6 @@ SETS = {  # the named sets, and what each changes
     "night2day": dict(direction="BtoA", epochs=17, batch_size=4),
 }
 MADE = {"gray": (1, 2), "hole": (3, 3), "edges": (1, 3)}  # channels of input and output, --from photos
-MODES = (None, "L", "LA", "RGB", "RGBA")  # Pillow's names for so many channels
 PROFILES = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
 FREE = "data_root run max_steps save_every fresh device bf16 translate to eval".split()  # a run may go on with others
 
@@ -268,7 +270,7 @@ def blame(what):
     try:
         yield
     except Exception as error:
-        refuse(f"{what} ({str(error).partition(chr(10))[0] or type(error).__name__})")
+        refuse(f"{what} ({str(error).partition(chr(10))[0].partition('. ')[0] or type(error).__name__})")
 
 
 @contextlib.contextmanager
@@ -334,11 +336,14 @@ def load_pairs(args, split):
     folder = find_data(args)
     found = find_pairs(args, folder, split) or dict([*find_pairs(args, folder, "train").items()][:16])  # no test split
     shape = (len(found), args.in_channels + args.out_channels, size, size)
-    home = folder if os.access(folder, os.W_OK) else args.data_root / "cache" / folder.resolve().name
-    cache = home / f".{SCRIPT}-{split}-{shape[1]}x{size}x{size}-{args.direction}-{args.source}.cache"
-    made = cache.stat().st_mtime if cache.exists() and cache.stat().st_size == math.prod(shape) else 0
-    if made < max(file.stat().st_ctime for files in found.values() for file in files):
+    home = folder if os.access(folder, os.W_OK) else args.data_root / "cache" / digest(folder.resolve())
+    kind = digest(size, args.size, args.direction, args.source, args.in_channels, args.out_channels)
+    facts = [(file.stat(), file) for files in found.values() for file in files]
+    cache = home / f".{SCRIPT}-{split}-{kind}-{digest([(f, s.st_size, s.st_mtime_ns, s.st_ino) for s, f in facts])}"
+    if not cache.exists() or cache.stat().st_size != math.prod(shape):
         print(f"decoding {len(found)} images of {folder}, once", flush=True)
+        for stale in home.glob(f".{SCRIPT}-{split}-{kind}-*"):
+            stale.unlink()
         with replacing(cache) as file, ThreadPoolExecutor() as pool:
             for i in range(0, len(found), 64):  # a few at a time, so that memory stays flat
                 for pair in pool.map(lambda files: read_pair(args, files, size), [*found.values()][i : i + 64]):
@@ -355,6 +360,11 @@ def load_pairs(args, split):
     return list(found), read
 
 
+def digest(*facts):
+    """Twelve letters for a file's name, others for other facts."""
+    return hashlib.sha1(repr(facts).encode()).hexdigest()[:12]
+
+
 def find_data(args):
     """The folder that --data means; a named set lies below --data-root, or is downloaded to there."""
     folder = args.data_root / args.data if args.data in SETS else Path(args.data)
@@ -368,13 +378,15 @@ def find_data(args):
         refuse(f"cityscapes is withheld by its owners: register at cityscapes-dataset.com, and put {have}, named alike")
     args.data_root.mkdir(parents=True, exist_ok=True)
     with blame(f"{url} cannot be had: fetch it by hand as {archive}, or unpack it to {folder}"):
-        for attempt in range(0 if archive.exists() else 3):
-            with contextlib.suppress(OSError) if attempt < 2 else contextlib.nullcontext():
-                torch.hub.download_url_to_file(url, str(archive))
+        for last in (True,) if archive.exists() else (False, False, True):
+            retried = contextlib.suppress(*() if last else (OSError, EOFError))
+            with retried, tempfile.TemporaryDirectory(dir=args.data_root) as part:
+                if not archive.exists():
+                    torch.hub.download_url_to_file(url, f"{part}/{archive.name}")
+                with tarfile.open(archive if archive.exists() else f"{part}/{archive.name}") as tar:
+                    tar.extractall(part, filter="data")  # nothing outside of `part`, no device, no link out of it
+                os.replace(f"{part}/{args.data}", folder)
                 break
-        with tempfile.TemporaryDirectory(dir=args.data_root) as part, tarfile.open(archive) as tar:
-            tar.extractall(part, filter="data")  # nothing outside of `part`, no device, no link out of it
-            os.replace(Path(part, args.data), folder)
     return folder
 
 
@@ -396,39 +408,43 @@ def find_pairs(args, folder, split):
 def find_images(path):
     """{name: file} of all images below a folder, or of a file; a name keeps its suffix where it would be another's."""
     suffixes, found = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"), {}
-    for file in sorted(path.rglob("[!.]*")) if path.is_dir() else [path]:
+    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
         name = file.relative_to(path if path.is_dir() else path.parent).as_posix()
         stem = name.removesuffix(file.suffix)
-        if file.suffix.lower() in suffixes:
+        if file.suffix.lower() in suffixes and "/." not in f"/{name}":  # nothing hidden
             found[name if stem in found else stem] = file
     return found or refuse(f"{path} holds no images ({', '.join(suffixes)})")
 
 
-def read_image(path, mode):
-    """An image of any usual kind, upright, with 8 bits, in Pillow's `mode`; what is transparent shows white."""
+def read_image(path):
+    """An image of any usual kind as a Pillow image: upright, with 8 bits, grey, RGB or RGBA."""
     with blame(f"{path} cannot be read as an image"), Image.open(path) as file:
         image = ImageOps.exif_transpose(file)
         if image.mode[0] == "I":  # 16 bits
             image = Image.fromarray(np.uint8(np.asarray(image).clip(0, 65535) // 257))
-        if image.has_transparency_data and "A" not in mode:
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-        return image.convert(mode)
+        return image.convert("RGBA" if image.has_transparency_data else "L" if image.mode in ("1", "L") else "RGB")
+
+
+def flatten(image, channels):
+    """A Pillow image in 1 to 4 channels; what is transparent shows white if there is no channel for it."""
+    if image.mode == "RGBA" and channels % 2:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert(("L", "LA", "RGB", "RGBA")[channels - 1])
 
 
 def read_pair(args, files, size):
     """A pair as uint8 (in + out channels, size, size): from two files, from the halves of one, or --from a photo."""
     turn = -1 if args.direction == "BtoA" else 1
-    modes = (MODES[args.in_channels], MODES[args.out_channels])[::turn]  # of A and B
-    images = [read_image(file, "RGB" if args.source else max(modes, key=len)) for file in files]
+    images = [read_image(file) for file in files]
     if len(files) == 1 and not args.source:
         (w, h), half = images[0].size, images[0].width // 2
         images = [images[0].crop(box) for box in ((0, 0, half, h), (half, 0, w, h))]
     sizes = [f"{image.width}x{image.height}" for image in images]
     if sizes[0] != sizes[-1] or min(images[0].size) < args.size:
         refuse(f"{files[0]} has {' and '.join(sizes)} pixels: A and B must be equal, and --size {args.size} at least")
-    images = [image.resize((size, size), Image.Resampling.BICUBIC) for image in images]
-    images = from_photo(args, images[0]) if args.source else [i.convert(m) for i, m in zip(images, modes)][::turn]
-    return torch.cat([pil_to_tensor(image) for image in images])
+    channels = [3] if args.source else (args.in_channels, args.out_channels)[::turn]  # of A and B
+    images = [flatten(*pair).resize((size, size), Image.Resampling.BICUBIC) for pair in zip(images, channels)][::turn]
+    return torch.cat([pil_to_tensor(image) for image in (from_photo(args, *images) if args.source else images)])
 
 
 def from_photo(args, photo):
@@ -456,18 +472,15 @@ def batches(args, count, read, step):
 
     Jitter is a random crop out of --load-size; x and y share crop and mirror. A batch may reach into the next epoch.
     """
-    orders, batch = {}, []
-    for k in itertools.count(step * args.batch_size):
-        epoch, i = divmod(k, count)
-        if epoch not in orders:
-            orders = {epoch: np.random.default_rng([args.seed, epoch]).permutation(count).tolist()}
-        rng = np.random.default_rng([args.seed, epoch, i])
-        top, left = rng.integers(0, args.load_size - args.size + 1, 2)
-        pair = read(orders[epoch][i])[:, top : top + args.size, left : left + args.size]
-        batch.append(pair.flip(-1) if rng.random() < 0.5 and not args.no_mirror else pair)
-        if len(batch) == args.batch_size:
-            yield epoch + 1, *to_xy(args, torch.stack(batch))
-            batch = []
+    orders = functools.lru_cache(2)(lambda epoch: np.random.default_rng([args.seed, epoch]).permutation(count).tolist())
+    for first in itertools.count(step * args.batch_size, args.batch_size):
+        batch = []
+        for k in range(first, first + args.batch_size):
+            rng = np.random.default_rng([args.seed, k, 1])
+            top, left = rng.integers(0, args.load_size - args.size + 1, 2)
+            pair = read(orders(k // count)[k % count])[:, top : top + args.size, left : left + args.size]
+            batch.append(pair.flip(-1) if rng.random() < 0.5 and not args.no_mirror else pair)
+        yield first // count + 1, *to_xy(args, torch.stack(batch))
 
 
 def paint(args, G, names, read, grid, folder=None):
@@ -509,8 +522,8 @@ def translate(args):
     """Translate --translate, an image or a folder, of any size, by RUN/last.pt. Returns the folder of the results."""
     path, to = args.run / "last.pt", args.to or args.run / "translated"
     names, files = zip(*find_images(args.translate).items())
-    if to.resolve() == (args.translate if args.translate.is_dir() else args.translate.parent).resolve():
-        refuse(f"--to {to} is the folder of the originals: choose another")
+    if {file.resolve() for file in files} & {(to / f"{name}.png").resolve() for name in names}:
+        refuse(f"--to {to} would overwrite what is to be translated: choose another folder")
     checkpoint = read_checkpoint(path)
     args = argparse.Namespace(**vars(args) | checkpoint["settings"])
     with blame(f"{path} is damaged"):
@@ -518,12 +531,11 @@ def translate(args):
         G.load_state_dict(checkpoint["G"])
 
     def read(i):  # colorization takes the L of a photo; after --from edges the image is the drawing
-        if args.source == "gray":
-            return pil_to_tensor(from_photo(args, read_image(files[i], "RGB"))[0])
-        return pil_to_tensor(read_image(files[i], MODES[args.in_channels]))
+        image = flatten(read_image(files[i]), 3 if args.source == "gray" else args.in_channels)
+        return pil_to_tensor(from_photo(args, image)[0] if args.source == "gray" else image)
 
-    paint(args, G, names, read, to / "comparison.png", to)
-    print(f"translated {len(files)} images to {to}")
+    paint(args, G, names, read, to.with_name(f"{to.name}-comparison.png"), to)
+    print(f"translated {len(files)} images to {to}, with {to.name}-comparison.png beside it")
     return to
 
 
@@ -597,6 +609,7 @@ def report(args, step, goal, epoch, losses, last, must):
 def main(argv=None):
     """Train, or translate; what goes wrong outside of this code ends in one sentence and exit status 2."""
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))
+    warnings.filterwarnings("ignore", module="PIL")  # a refusal says it in one sentence
     try:
         args = get_args(argv)
         return (translate if args.translate else train)(args)

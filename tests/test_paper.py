@@ -7,7 +7,6 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
-from torch.nn import functional as F
 
 import pix2pix
 
@@ -37,7 +36,7 @@ def names(layers):
 # -- pix2pix ---------------------------------------------------------------------------------------------------------
 
 TINY = "--size 16 --ngf 4 --ndf 4 --n-layers 1 --device cpu --precision fp32".split()
-PATCHES = [  # strided layers, receptive field, grid for 256x256, parameters with 6 channels, 3 channels, 3 and instance norm
+PATCHES = [  # strided layers, receptive field, grid for 256x256, weights with 6 channels, 3, 3 and instance norm
     (0, 1, 256, 9_024, 8_832, 8_705),
     (1, 16, 126, 139_585, 136_513, 136_385),
     (2, 34, 62, 666_433, 663_361, 662_977),
@@ -157,7 +156,7 @@ def test_channels(c_in, c_out, norm, skips):
 
 
 def test_generator_layers():
-    """The order of models.lua: no norm on the first level, the 1x1 bottleneck and the output; dropout on three levels."""
+    """The order of models.lua: no norm on first level, 1x1 bottleneck and output; dropout on three levels."""
     with torch.device("meta"):
         layers = layers_of(pix2pix.Generator(), torch.zeros(1, 3, 256, 256))
     encoder = ["Conv2d"] + ["LeakyReLU Conv2d BatchNorm2d"] * 6 + ["LeakyReLU Conv2d"]
@@ -376,13 +375,20 @@ def test_adam():
 
 
 @pytest.mark.parametrize(
-    "epochs, decay, factors",
-    [(3, 0, [1, 1, 1]), (4, 2, [1, 1, 2 / 3, 1 / 3]), (3, 3, [3 / 4, 2 / 4, 1 / 4]), (4, 1, [1, 1, 1, 1 / 2])],
+    "pairs, batch, epochs, decay, factors",
+    [
+        (2, 1, 3, 0, [1, 1, 1, 1, 1, 1]),
+        (2, 1, 4, 2, [1, 1, 1, 1, 2 / 3, 2 / 3, 1 / 3, 1 / 3]),
+        (2, 1, 3, 3, [3 / 4, 3 / 4, 2 / 4, 2 / 4, 1 / 4, 1 / 4]),
+        (1, 1, 4, 1, [1, 1, 1, 1 / 2]),
+        (3, 2, 1, 0, [1, 1]),  # the last batch reaches beyond the last epoch
+        (5, 4, 1, 1, [1 / 2, 1 / 2]),
+    ],
 )
-def test_learning_rate(epochs, decay, factors, tmp_path, monkeypatch):
+def test_learning_rate(pairs, batch, epochs, decay, factors, tmp_path, monkeypatch):
     """The rate of epoch e is 1 - max(0, e - (epochs - decay)) / (decay + 1) of --lr; constant without decay."""
-    for i in range(2):
-        Image.new("RGB", (32, 16), (90 * i, 50, 200)).save(tmp_path / f"{i}.png")
+    for i in range(pairs):
+        Image.new("RGB", (32, 16), (50 * i, 50, 200)).save(tmp_path / f"{i}.png")
     rates, original = [], pix2pix.make_step
 
     def make_step(args, state):
@@ -396,10 +402,9 @@ def test_learning_rate(epochs, decay, factors, tmp_path, monkeypatch):
 
     monkeypatch.setattr(pix2pix, "make_step", make_step)
     settings = ["--data", tmp_path, "--run", tmp_path / "run", "--epochs", epochs, "--decay-epochs", decay]
-    pix2pix.main([*TINY, *map(str, settings), "--lr", "0.001"])
-    expected = [0.001 * factor for factor in factors for _ in range(2)]
+    pix2pix.main([*TINY, *map(str, settings), "--batch-size", str(batch), "--lr", "0.001"])
     for network in (0, 1):
-        assert [rate[network] for rate in rates] == pytest.approx(expected, rel=1e-5)
+        assert [rate[network] for rate in rates] == pytest.approx([0.001 * factor for factor in factors], rel=1e-5)
 
 
 def test_defaults_are_the_papers(tmp_path, monkeypatch):

@@ -162,10 +162,10 @@ def test_failed_in_a_step(row, flags, whole, tmp_path, monkeypatch):
         raise OSError("failed here")
 
     run = tmp_path / "run"
-    disturb(monkeypatch, row, 6, fail)
-    assert run_main(row, *flags, *SCHEDULE, "--run", run, "--save-every", 2) == 2
+    with monkeypatch.context() as patch:
+        disturb(patch, row, 6, fail)
+        assert run_main(row, *flags, *SCHEDULE, "--run", run, "--save-every", 2) == 2
     assert read_checkpoint(run)["step"] == 4
-    monkeypatch.undo()
     assert run_main(row, *flags, *SCHEDULE, "--run", run) == 0
     assert_same_run(run, whole)
 
@@ -175,10 +175,10 @@ def test_failed_in_a_step(row, flags, whole, tmp_path, monkeypatch):
 def test_signal_in_a_step(row, flags, whole, tmp_path, monkeypatch, number, kind, status):
     """A signal in any step, the last too, saves a checkpoint at once and ends the process with its status."""
     run = tmp_path / "run"
-    disturb(monkeypatch, row, number, lambda: signal.raise_signal(kind))
-    assert run_main(row, *flags, *SCHEDULE, "--run", run) == status
+    with monkeypatch.context() as patch:
+        disturb(patch, row, number, lambda: signal.raise_signal(kind))
+        assert run_main(row, *flags, *SCHEDULE, "--run", run) == status
     assert number <= read_checkpoint(run)["step"] <= number + 1
-    monkeypatch.undo()
     assert run_main(row, *flags, *SCHEDULE, "--run", run) == 0
     assert_same_run(run, whole)
 
@@ -195,13 +195,15 @@ def test_signal_at_a_file(row, flags, whole, tmp_path, monkeypatch):
                 signal.raise_signal(signal.SIGTERM)
             replace(source, target)
 
-        monkeypatch.setattr(os, "replace", disturbed_replace)
-        status = run_main(row, *flags, *SCHEDULE, "--run", run, "--save-every", 4)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", disturbed_replace)
+            status = run_main(row, *flags, *SCHEDULE, "--run", run, "--save-every", 4)
+        if len(names) < number:
+            break  # that were all files
         statuses[number, names[number - 1]] = status
-        monkeypatch.undo()
         assert run_main(row, *flags, *SCHEDULE, "--run", run) == 0
         assert_same_run(run, whole)
-    assert {*statuses.values()} == {143}, statuses
+    assert statuses and {*statuses.values()} == {143}, statuses
 
 
 def wait(child, ready):

@@ -494,6 +494,7 @@ def test_failed_write(row, run, call, monkeypatch):
     monkeypatch.setattr(torch, "save", save)
     result = call(row, *row.tiny.split(), "--run", run, "--max-steps", STEPS + 1)
     assert_refused(result, os.strerror(errno.ENOSPC))
+    assert str(run / "last.pt") in result.err
     assert (run / "last.pt").read_bytes() == before and not [*run.rglob("*.part")]
 
 
