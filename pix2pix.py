@@ -94,9 +94,12 @@ def get_args(argv=None):
     parser.set_defaults(**SETS.get(parser.parse_known_args(argv)[0].data, {}))
     args = parser.parse_args(argv)
     for name, value in vars(args).items():
-        least = 0 if name in ("lambda_l1", "n_layers", "decay_epochs", "lr", "seed") else 1
-        if type(value) in (int, float) and not least <= value < math.inf:
-            refuse(f"--{name.replace('_', '-')} {value}: give {least} or more")
+        least, bound = (
+            name not in ("lambda_l1", "n_layers", "decay_epochs", "lr", "seed"),
+            {int: 2**63, float: math.inf},
+        )
+        if type(value) in bound and not least <= value < bound[type(value)]:
+            refuse(f"--{name.replace('_', '-')} {value}: give a number from {least:d} to {bound[type(value)]}")
     args.load_size = args.load_size or args.size * 286 // 256
     args.in_channels, args.out_channels = MADE.get(args.source, (args.in_channels, args.out_channels))
     args.run = args.run or Path("runs", f"{SCRIPT}-{Path(args.data).resolve().name}")
@@ -235,7 +238,7 @@ def train(args):
     """Train for --epochs, from RUN/last.pt if it is there, then translate the test split. Returns the run folder."""
     (pairs, read), (tests, read_test), state = load_pairs(args, "train"), load_pairs(args, "test"), build(args)
     begun = resume(args, state, len(pairs))
-    goal = min(math.ceil(args.epochs * len(pairs) / args.batch_size), args.max_steps or math.inf)
+    goal = max(begun, min(math.ceil(args.epochs * len(pairs) / args.batch_size), args.max_steps or math.inf))
     update, row, saved = make_step(args, state), (time.monotonic(), begun), time.monotonic()
     with signals() as stopped:
         for step, (epoch, x, y) in zip(range(begun + 1, goal + 1), batches(args, len(pairs), read, begun)):
@@ -248,7 +251,7 @@ def train(args):
             if saving:
                 saved = save(args, state, step)
                 if stopped:
-                    sys.exit(128 + stopped[0])
+                    break
                 paint(args, state["G"], tests[:4], read_test, args.run / "samples" / f"{step:07}.png")
     if not (grid := args.run / "samples" / f"{goal:07}-test.png").exists():
         paint(args, state["G"], tests, read_test, grid, args.run / "test")
@@ -276,20 +279,22 @@ def blame(what):
 @contextlib.contextmanager
 def replacing(path):
     """A file to write to, which becomes `path` when it is whole and on the disk, and otherwise leaves nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.part")
-    try:
-        with open(part, "wb") as file:
-            yield file
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    with blame(f"{path} cannot be written"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(part, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def signals():
-    """A list onto which SIGINT and SIGTERM are put, so that the loop can save before it ends."""
+    """A list onto which SIGINT and SIGTERM are put, so that the loop can save; then they end the script."""
     caught, kinds = [], (signal.SIGINT, signal.SIGTERM)
     before = [signal.signal(kind, lambda number, frame: caught.append(number)) for kind in kinds]
     try:
@@ -297,6 +302,8 @@ def signals():
     finally:
         for kind, handler in zip(kinds, before):
             signal.signal(kind, handler)
+    if caught:
+        sys.exit(128 + caught[0])
 
 
 def streets(count, seed, size=64):
@@ -525,8 +532,8 @@ def translate(args):
     if {file.resolve() for file in files} & {(to / f"{name}.png").resolve() for name in names}:
         refuse(f"--to {to} would overwrite what is to be translated: choose another folder")
     checkpoint = read_checkpoint(path)
-    args = argparse.Namespace(**vars(args) | checkpoint["settings"])
     with blame(f"{path} is damaged"):
+        args = argparse.Namespace(**vars(args) | checkpoint["settings"])
         G = build(args)["G"]
         G.load_state_dict(checkpoint["G"])
 
@@ -567,21 +574,23 @@ def resume(args, state, count):
     olds = (args.run.with_name(f"{args.run.name}.old-{n}") for n in itertools.count(1))
     if args.fresh and args.run.exists():
         args.run.rename(next(old for old in olds if not old.exists()))
-    path, then = args.run / "last.pt", {"step": 0, "log": 0}
+    path, step, logged = args.run / "last.pt", 0, 0
     if path.exists():
         then = read_checkpoint(path)
-        if differ := dict(then["settings"].items() - args.settings.items()):
-            refuse(f"{args.run} was begun with other settings, {differ}: repeat those, or use --fresh")
         with blame(f"{path} is damaged: --fresh starts over and keeps it"):
+            now, old = args.settings, then["settings"]
+            if differ := [f"{name} {old.get(name)}" for name in now | old if now.get(name) != old.get(name)]:
+                refuse(f"{args.run} was begun with {', '.join(differ)}: repeat that, or start over with --fresh")
             for name, part in state.items():
                 part.load_state_dict(then[name])
             torch.set_rng_state(then["random"][0])
             torch.cuda.set_rng_state_all(then["random"][1 : 1 + torch.cuda.device_count()])
+            step, logged = int(then["step"]), int(then["log"])
     with replacing(args.run / "config.json") as file:
         file.write(json.dumps(args.settings | {"torch": torch.__version__}, indent=2).encode())
     with open(args.run / "log.jsonl", "ab") as log:  # what was logged after the checkpoint will be logged again
-        log.truncate(min(log.tell(), then["log"]))
-    return then["step"]
+        log.truncate(min(log.tell(), logged))
+    return step
 
 
 def report(args, step, goal, epoch, losses, last, must):
@@ -590,19 +599,21 @@ def report(args, step, goal, epoch, losses, last, must):
     due = must or now - last[0] > (1 if terminal else 10)
     if not due and args.device != "cpu":  # reading a loss makes the host wait for the device
         return last
-    row = {"step": step, "epoch": epoch} | {name: loss.item() for name, loss in losses.items()}
-    if not all(map(math.isfinite, row.values())):
+    losses = {name: loss.item() for name, loss in losses.items()}
+    if not all(map(math.isfinite, losses.values())):
         refuse(
-            f"a loss is not finite, {row}: {args.run}/last.pt was left as it is; try a lower --lr or --precision fp32"
+            f"update {step} has a loss that is not finite, {losses}; last.pt stays as it was: lower --lr, or use fp32"
         )
     if not due:
         return last
-    row["images_per_s"] = (step - last[1]) * args.batch_size / (now - last[0])
-    with open(args.run / "log.jsonl", "a") as log:
-        log.write(json.dumps(row) + "\n")
-    left = timedelta(seconds=(goal - step) * args.batch_size // row["images_per_s"])
-    text = "  ".join(f"{name} {value:.4g}" for name, value in row.items()) + f"  {left} left of {goal} steps"
-    print(f"\r{text:<119}" if terminal else text, end="\n" if step == goal or not terminal else "", flush=True)
+    rate = (step - last[1]) * args.batch_size / (now - last[0])
+    with blame(f"{args.run}/log.jsonl cannot be written"), open(args.run / "log.jsonl", "a") as log:
+        log.write(json.dumps({"step": step, "epoch": epoch, **losses, "images_per_s": rate}) + "\n")
+    text = " ".join(
+        [f"{step}/{goal}", *(f"{name} {loss:.3g}" for name, loss in losses.items()), f"{rate:.3g} images/s"]
+    )
+    text += f" {timedelta(seconds=(goal - step) * args.batch_size // rate)} left"
+    print(f"\r{text:<79.79}" if terminal else text, end="\n" if step == goal or not terminal else "", flush=True)
     return now, step
 
 

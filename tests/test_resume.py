@@ -208,7 +208,7 @@ def test_signal_at_a_file(row, flags, whole, tmp_path, monkeypatch):
 
 def wait(child, ready):
     """Wait until something is there that a running child makes."""
-    for _ in range(12_000):
+    for _ in range(6_000):
         if ready():
             return
         assert child.poll() is None, child.communicate()
@@ -232,7 +232,7 @@ def test_stopped_by_signal(row, flags, start, tmp_path, kind):
     wait(child, (run / "log.jsonl").exists)
     wait(child, lambda: (run / "log.jsonl").read_text().count("\n") >= (1 if case.status > 0 else 3))
     child.send_signal(getattr(signal, kind))
-    out, err = child.communicate(timeout=120)
+    out, err = child.communicate(timeout=60)
     assert child.returncode == case.status
     assert "Traceback" not in err and "finished" not in out
     step = read_checkpoint(run)["step"]
@@ -253,6 +253,6 @@ def test_stopped_twice(row, flags, start, tmp_path):
     wait(child, lambda: (run / "log.jsonl").exists() and (run / "log.jsonl").stat().st_size)
     for kind in (signal.SIGINT, signal.SIGINT, signal.SIGTERM):
         child.send_signal(kind)
-    _, err = child.communicate(timeout=120)
+    _, err = child.communicate(timeout=60)
     assert child.returncode in (130, 143) and "Traceback" not in err
     assert read_checkpoint(run)["step"] == read_log(run)[-1]["step"]
