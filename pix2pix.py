@@ -110,8 +110,9 @@ def get_args(argv=None):
     args.device = args.device or str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     with blame(f"--device {args.device} is not to be had on this machine: leave it out to use what there is"):
         torch.zeros(1, device=args.device).item()
-    fast = "cuda" in args.device and torch.cuda.is_bf16_supported(False) or torch.cpu.get_capabilities().get("amx_bf16")
-    args.bf16 = args.precision == "bf16" or args.precision == "auto" and bool(fast)
+    amx = args.device == "cpu" and torch.cpu.get_capabilities().get("amx_bf16", False)
+    fast = amx or "cuda" in args.device and torch.cuda.is_bf16_supported(False)
+    args.bf16 = args.precision == "bf16" or args.precision == "auto" and fast
     return args
 
 
@@ -355,16 +356,11 @@ def load_pairs(args, split):
             for i in range(0, len(found), 64):  # a few at a time, so that memory stays flat
                 for pair in pool.map(lambda files: read_pair(args, files, size), [*found.values()][i : i + 64]):
                     file.write(pair.numpy())
-    if "cuda" in args.device and math.prod(shape) < torch.cuda.mem_get_info()[0] // 4:
+    if "cuda" in args.device and math.prod(shape) < torch.cuda.mem_get_info(args.device)[0] // 4:
         pairs = torch.from_file(str(cache), size=math.prod(shape), dtype=torch.uint8).view(shape)
         return list(found), pairs.to(args.device).__getitem__
-    file, one = open(cache, "rb"), math.prod(shape[1:])
-
-    def read(i):
-        file.seek(i * one)
-        return torch.from_numpy(np.fromfile(file, np.uint8, one).reshape(shape[1:]))
-
-    return list(found), read
+    one = math.prod(shape[1:])
+    return list(found), lambda i: torch.from_numpy(np.fromfile(cache, np.uint8, one, offset=i * one)).view(shape[1:])
 
 
 def digest(*facts):
@@ -388,13 +384,12 @@ def find_data(args):
         for last in (True,) if archive.exists() else (False, False, True):
             retried = contextlib.suppress(*() if last else (OSError, EOFError))
             with retried, tempfile.TemporaryDirectory(dir=args.data_root) as part:
-                if not archive.exists():
-                    torch.hub.download_url_to_file(url, f"{part}/{archive.name}")
-                with tarfile.open(archive if archive.exists() else f"{part}/{archive.name}") as tar:
+                packed = archive if archive.exists() else Path(part, archive.name)
+                if not packed.exists():
+                    torch.hub.download_url_to_file(url, str(packed))
+                with tarfile.open(packed) as tar:
                     tar.extractall(part, filter="data")  # nothing outside of `part`, no device, no link out of it
-                os.replace(f"{part}/{args.data}", folder)
-                break
-    return folder
+                return Path(part, args.data).rename(folder)
 
 
 def find_pairs(args, folder, split):
@@ -583,6 +578,8 @@ def resume(args, state, count):
                 refuse(f"{args.run} was begun with {', '.join(differ)}: repeat that, or start over with --fresh")
             for name, part in state.items():
                 part.load_state_dict(then[name])
+            for name in ("opt_G", "opt_D"):  # back onto the device
+                state[name].param_groups[0]["lr"] = torch.tensor(args.lr, device=args.device)
             torch.set_rng_state(then["random"][0])
             torch.cuda.set_rng_state_all(then["random"][1 : 1 + torch.cuda.device_count()])
             step, logged = int(then["step"]), int(then["log"])
