@@ -54,7 +54,9 @@ SETS = {  # the named sets, and what each changes
 }
 MADE = {"gray": (1, 2), "hole": (3, 3), "edges": (1, 3)}  # channels of input and output, --from photos
 PROFILES = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
-FREE = "data_root run max_steps save_every fresh device bf16 translate to eval".split()  # a run may go on with others
+FREE = (
+    "settings data_root run max_steps save_every fresh device bf16 translate to eval".split()
+)  # a run may go on with others
 
 
 def get_args(argv=None):
@@ -109,7 +111,7 @@ def get_args(argv=None):
         refuse(f"--from {args.source} needs a folder of photos as --data, and no --direction")
     args.device = args.device or str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     with blame(f"--device {args.device} is not to be had on this machine: leave it out to use what there is"):
-        torch.zeros(1, device=args.device).item()
+        args.device = str(torch.zeros(1, device=args.device).device)
     amx = args.device == "cpu" and torch.cpu.get_capabilities().get("amx_bf16", False)
     fast = amx or "cuda" in args.device and torch.cuda.is_bf16_supported(False)
     args.bf16 = args.precision == "bf16" or args.precision == "auto" and fast
@@ -196,9 +198,9 @@ def build(args):
     G = init_weights(Generator(args.in_channels, args.out_channels, args.size, args.ngf, args.norm, not args.no_skips))
     D = init_weights(Discriminator(seen, args.ndf, args.n_layers, args.norm))
     state = {"G": G.to(args.device), "D": D.to(args.device)}
-    for name in "GD":
-        rate = torch.tensor(args.lr, device=args.device)  # a tensor, so that a recorded step follows the schedule
-        state[f"opt_{name}"] = torch.optim.Adam(state[name].parameters(), rate, betas=(0.5, 0.999), fused=True)
+    for name in "GD":  # with the rate as a tensor, so that a recorded step follows the schedule
+        rate, betas, fit = torch.tensor(args.lr, device=args.device), (0.5, 0.999), "cuda" in args.device
+        state[f"opt_{name}"] = torch.optim.Adam(state[name].parameters(), rate, betas, fused=True, capturable=fit)
     return state
 
 
@@ -324,8 +326,8 @@ def streets(count, seed, size=64):
         label[(u % wide < 5) | (v % tall < 5)] = 3
         label[abs(u + 6 * np.sin(v / 9 + p[0]) - rng.uniform(1, 4.5) * size) < 5] = 4
         grain, stripes, waves = rng.normal(0, 1, (size, size)), np.sin(1.3 * row + p[1]), np.sin(0.8 * v + p[2])
-        weave = np.sin(0.9 * row + p[3]) * np.sin(0.9 * col + p[4])
-        texture = np.choose(label, [11 * grain, 48 * stripes, 70 * weave, 3 * grain, 14 * waves])
+        leaves = np.sin(0.9 * row + p[3]) * np.sin(0.9 * col + p[4])
+        texture = np.choose(label, [11 * grain, 48 * stripes, 70 * leaves, 3 * grain, 14 * waves])
         photo[:] = (mean[label] + texture[..., None]).clip(0, 255)
     return colour[ids].transpose(0, 3, 1, 2), photos.transpose(0, 3, 1, 2), ids
 
@@ -338,6 +340,8 @@ def load_pairs(args, split):
     """
     size = args.load_size if split == "train" else args.size
     if args.data == "toy":
+        if (args.in_channels, args.out_channels) != (3, 3):
+            refuse("toy streets have three channels in and out: leave --in-channels and --out-channels out")
         scenes = streets(600 if split == "train" else 100, split != "train", size)[:2]
         pairs = torch.from_numpy(np.concatenate(scenes if args.direction == "AtoB" else scenes[::-1], 1))
         return [f"{i:03}" for i in range(len(pairs))], pairs.to(args.device).__getitem__
@@ -526,7 +530,7 @@ def translate(args):
     names, files = zip(*find_images(args.translate).items())
     if {file.resolve() for file in files} & {(to / f"{name}.png").resolve() for name in names}:
         refuse(f"--to {to} would overwrite what is to be translated: choose another folder")
-    checkpoint = read_checkpoint(path)
+    checkpoint = read_checkpoint(path, args.device)
     with blame(f"{path} is damaged"):
         args = argparse.Namespace(**vars(args) | checkpoint["settings"])
         G = build(args)["G"]
@@ -553,10 +557,10 @@ def save(args, state, step):
     return time.monotonic()
 
 
-def read_checkpoint(path):
+def read_checkpoint(path, device):
     """The dict that `save` wrote; no code that it may hold is run."""
     with blame(f"{path} cannot be used as a checkpoint of {SCRIPT}.py"):
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = torch.load(path, map_location=device, weights_only=True)
         if (checkpoint["script"], checkpoint["version"]) != (SCRIPT, 1):
             raise ValueError(f"it is one of {checkpoint['script']}.py, version {checkpoint['version']}")
         return checkpoint
@@ -564,27 +568,27 @@ def read_checkpoint(path):
 
 def resume(args, state, count):
     """Make RUN, or go on with it: load RUN/last.pt if it is there. Returns the step it was saved at, or 0."""
-    args.settings = {name: value for name, value in vars(args).items() if name not in FREE}
-    args.settings |= {"data": Path(args.data).resolve().name, "pairs": count}
+    now = {name: value for name, value in vars(args).items() if name not in FREE}
+    now = args.settings = now | {"data": Path(args.data).resolve().name, "pairs": count}
     olds = (args.run.with_name(f"{args.run.name}.old-{n}") for n in itertools.count(1))
     if args.fresh and args.run.exists():
         args.run.rename(next(old for old in olds if not old.exists()))
     path, step, logged = args.run / "last.pt", 0, 0
     if path.exists():
-        then = read_checkpoint(path)
+        then = read_checkpoint(path, args.device)
         with blame(f"{path} is damaged: --fresh starts over and keeps it"):
-            now, old = args.settings, then["settings"]
+            old, step, logged = then["settings"], int(then["step"]), int(then["log"])
             if differ := [f"{name} {old.get(name)}" for name in now | old if now.get(name) != old.get(name)]:
                 refuse(f"{args.run} was begun with {', '.join(differ)}: repeat that, or start over with --fresh")
             for name, part in state.items():
                 part.load_state_dict(then[name])
-            for name in ("opt_G", "opt_D"):  # back onto the device
-                state[name].param_groups[0]["lr"] = torch.tensor(args.lr, device=args.device)
-            torch.set_rng_state(then["random"][0])
-            torch.cuda.set_rng_state_all(then["random"][1 : 1 + torch.cuda.device_count()])
-            step, logged = int(then["step"]), int(then["log"])
+            for name in ("opt_G", "opt_D"):  # whatever device the checkpoint came from
+                state[name].param_groups[0]["capturable"] = "cuda" in args.device
+            host, *devices = (one.cpu() for one in then["random"])
+            torch.set_rng_state(host)
+            torch.cuda.set_rng_state_all(devices[: torch.cuda.device_count()])
     with replacing(args.run / "config.json") as file:
-        file.write(json.dumps(args.settings | {"torch": torch.__version__}, indent=2).encode())
+        file.write(json.dumps(now | {"torch": torch.__version__}, indent=2).encode())
     with open(args.run / "log.jsonl", "ab") as log:  # what was logged after the checkpoint will be logged again
         log.truncate(min(log.tell(), logged))
     return step
@@ -594,22 +598,19 @@ def report(args, step, goal, epoch, losses, last, must):
     """Print and log the losses now and then, or if it `must`. Takes and returns time and step of the `last` row."""
     now, terminal = time.monotonic(), sys.stdout.isatty()
     due = must or now - last[0] > (1 if terminal else 10)
-    if not due and args.device != "cpu":  # reading a loss makes the host wait for the device
-        return last
-    losses = {name: loss.item() for name, loss in losses.items()}
-    if not all(map(math.isfinite, losses.values())):
-        refuse(
-            f"update {step} has a loss that is not finite, {losses}; last.pt stays as it was: lower --lr, or use fp32"
-        )
+    if due or args.device == "cpu":  # elsewhere reading a loss makes the host wait for the device
+        losses = {name: loss.item() for name, loss in losses.items()}
+        if not all(map(math.isfinite, losses.values())):
+            refuse(
+                f"update {step} has a loss that is not finite, {losses}; last.pt stays as it was: lower --lr, try fp32"
+            )
     if not due:
         return last
     rate = (step - last[1]) * args.batch_size / (now - last[0])
     with blame(f"{args.run}/log.jsonl cannot be written"), open(args.run / "log.jsonl", "a") as log:
         log.write(json.dumps({"step": step, "epoch": epoch, **losses, "images_per_s": rate}) + "\n")
-    text = " ".join(
-        [f"{step}/{goal}", *(f"{name} {loss:.3g}" for name, loss in losses.items()), f"{rate:.3g} images/s"]
-    )
-    text += f" {timedelta(seconds=(goal - step) * args.batch_size // rate)} left"
+    text = f"{step}/{goal} " + "".join(f"{name} {loss:.3g} " for name, loss in losses.items())
+    text += f"{rate:.3g} images/s {timedelta(seconds=(goal - step) * args.batch_size // rate)} left"
     print(f"\r{text:<79.79}" if terminal else text, end="\n" if step == goal or not terminal else "", flush=True)
     return now, step
 
@@ -623,7 +624,7 @@ def main(argv=None):
         return (translate if args.translate else train)(args)
     except KeyboardInterrupt:
         sys.exit(130)
-    except (SystemExit, OSError, MemoryError, torch.OutOfMemoryError) as error:  # a full disk, say
+    except (SystemExit, OSError, MemoryError, torch.OutOfMemoryError) as error:
         if isinstance(error, SystemExit) and not isinstance(error.code, str):
             raise
         print(str(error).partition("\n")[0], file=sys.stderr)

@@ -98,7 +98,6 @@ ROWS = [
             "--no-skips",
             "--no-mirror",
             "--direction BtoA",
-            "--in-channels 1",
         ),
         bad=(
             "--size 48",
@@ -112,11 +111,12 @@ ROWS = [
             "--loss l2",
             "--norm group",
             "--in-channels 5",
+            "--in-channels 1",  # toy has three
             "--from gray",
             "--direction AtoC",
         ),
         method_lines=144,
-        file_lines=500,
+        file_lines=640,
     ),
 ]
 
