@@ -54,9 +54,7 @@ SETS = {  # the named sets, and what each changes
 }
 MADE = {"gray": (1, 2), "hole": (3, 3), "edges": (1, 3)}  # channels of input and output, --from photos
 PROFILES = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
-FREE = (
-    "settings data_root run max_steps save_every fresh device bf16 translate to eval".split()
-)  # a run may go on with others
+FREE = "settings data_root run max_steps save_every fresh device bf16 translate to eval"  # may change in a run
 
 
 def get_args(argv=None):
@@ -95,13 +93,11 @@ def get_args(argv=None):
     add("--eval", action="store_true", help="translate without dropout, with running averages, unlike the paper")
     parser.set_defaults(**SETS.get(parser.parse_known_args(argv)[0].data, {}))
     args = parser.parse_args(argv)
+    limits = {int: 2**63, float: math.inf}
     for name, value in vars(args).items():
-        least, bound = (
-            name not in ("lambda_l1", "n_layers", "decay_epochs", "lr", "seed"),
-            {int: 2**63, float: math.inf},
-        )
-        if type(value) in bound and not least <= value < bound[type(value)]:
-            refuse(f"--{name.replace('_', '-')} {value}: give a number from {least:d} to {bound[type(value)]}")
+        least = 0 if name in ("lambda_l1", "n_layers", "decay_epochs", "lr", "seed") else 1
+        if type(value) in limits and not least <= value < limits[type(value)]:
+            refuse(f"--{name.replace('_', '-')} {value}: give a number from {least} up, below {limits[type(value)]}")
     args.load_size = args.load_size or args.size * 286 // 256
     args.in_channels, args.out_channels = MADE.get(args.source, (args.in_channels, args.out_channels))
     args.run = args.run or Path("runs", f"{SCRIPT}-{Path(args.data).resolve().name}")
@@ -350,8 +346,9 @@ def load_pairs(args, split):
     shape = (len(found), args.in_channels + args.out_channels, size, size)
     home = folder if os.access(folder, os.W_OK) else args.data_root / "cache" / digest(folder.resolve())
     kind = digest(size, args.size, args.direction, args.source, args.in_channels, args.out_channels)
-    facts = [(file.stat(), file) for files in found.values() for file in files]
-    cache = home / f".{SCRIPT}-{split}-{kind}-{digest([(f, s.st_size, s.st_mtime_ns, s.st_ino) for s, f in facts])}"
+    stats = [(name, file.stat()) for name, files in found.items() for file in files]
+    facts = [(name, stat.st_size, stat.st_mtime_ns, stat.st_ino) for name, stat in stats]
+    cache = home / f".{SCRIPT}-{split}-{kind}-{digest(facts)}"
     if not cache.exists() or cache.stat().st_size != math.prod(shape):
         print(f"decoding {len(found)} images of {folder}, once", flush=True)
         for stale in home.glob(f".{SCRIPT}-{split}-{kind}-*"):
@@ -509,7 +506,8 @@ def paint(args, G, names, read, grid, folder=None):
             with replacing(folder / f"{name}.png") as file:
                 images[1].save(file, "PNG")
         if len(cells) < 16 * len(shown):
-            cells += [pil_to_tensor(ImageOps.pad(image.convert("RGB"), (args.size, args.size))) for image in images]
+            fitted = [ImageOps.pad(image.convert("RGB"), (args.size, args.size), color="white") for image in images]
+            cells += [pil_to_tensor(image) for image in fitted]
     with replacing(grid) as file:
         to_pil_image(make_grid(cells, 2 * len(shown), pad_value=255)).save(file, "PNG")
 
@@ -568,7 +566,7 @@ def read_checkpoint(path, device):
 
 def resume(args, state, count):
     """Make RUN, or go on with it: load RUN/last.pt if it is there. Returns the step it was saved at, or 0."""
-    now = {name: value for name, value in vars(args).items() if name not in FREE}
+    now = {name: value for name, value in vars(args).items() if name not in FREE.split()}
     now = args.settings = now | {"data": Path(args.data).resolve().name, "pairs": count}
     olds = (args.run.with_name(f"{args.run.name}.old-{n}") for n in itertools.count(1))
     if args.fresh and args.run.exists():
