@@ -24,6 +24,7 @@ import json
 import math
 import os
 import signal
+import socket
 import sys
 import tarfile
 import tempfile
@@ -381,6 +382,7 @@ def find_data(args):
         have = f"photos (leftImg8bit) into {folder}/trainA and testA, colour labels (gtFine) into trainB and testB"
         refuse(f"cityscapes is withheld by its owners: register at cityscapes-dataset.com, and put {have}, named alike")
     args.data_root.mkdir(parents=True, exist_ok=True)
+    socket.setdefaulttimeout(60)  # seconds of silence
     with blame(f"{url} cannot be had: fetch it by hand as {archive}, or unpack it to {folder}"):
         for last in (True,) if archive.exists() else (False, False, True):
             retried = contextlib.suppress(*() if last else (OSError, EOFError))
@@ -390,6 +392,7 @@ def find_data(args):
                     torch.hub.download_url_to_file(url, str(packed))
                 with tarfile.open(packed) as tar:
                     tar.extractall(part, filter="data")  # nothing outside of `part`, no device, no link out of it
+                    tar.fileobj.read()  # up to the checksum at the end of a gzip
                 return Path(part, args.data).rename(folder)
 
 

@@ -1133,6 +1133,7 @@ BROKEN = {
     "nothing": (200, b"", None),
     "truncated": (200, GOOD[: len(GOOD) // 2], None),
     "truncated late": (200, GOOD[:-500], None),
+    "wrong checksum": (200, GOOD[:-8] + bytes(byte ^ 255 for byte in GOOD[-8:-4]) + GOOD[-4:], None),
     "connection lost": (200, GOOD[: len(GOOD) // 2], len(GOOD)),
     "path upwards": (200, packed({"train/stray.png": image_file(9), "../evil.txt": b"evil", **IMAGES}), None),
     "hidden path upwards": (200, packed({"train/stray.png": image_file(9), "train/../../../evil.txt": b"evil"}), None),
