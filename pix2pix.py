@@ -551,7 +551,6 @@ def save(args, state, step):
     if not all(weight.isfinite().all() for name in "GD" for weight in state[name].parameters()):
         refuse(f"update {step} made weights that are not finite: {args.run}/last.pt was left as it is; lower --lr")
     checkpoint = {"script": SCRIPT, "version": 1, "step": step, "settings": args.settings}
-    checkpoint["log"] = (args.run / "log.jsonl").stat().st_size
     checkpoint["random"] = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
     with replacing(args.run / "last.pt") as file:
         torch.save(checkpoint | {name: part.state_dict() for name, part in state.items()}, file)
@@ -574,11 +573,11 @@ def resume(args, state, count):
     olds = (args.run.with_name(f"{args.run.name}.old-{n}") for n in itertools.count(1))
     if args.fresh and args.run.exists():
         args.run.rename(next(old for old in olds if not old.exists()))
-    path, step, logged = args.run / "last.pt", 0, 0
+    path, log, step = args.run / "last.pt", args.run / "log.jsonl", 0
     if path.exists():
         then = read_checkpoint(path, args.device)
         with blame(f"{path} is damaged: --fresh starts over and keeps it"):
-            old, step, logged = then["settings"], int(then["step"]), int(then["log"])
+            old, step = then["settings"], int(then["step"])
             if differ := [f"{name} {old.get(name)}" for name in now | old if now.get(name) != old.get(name)]:
                 refuse(f"{args.run} was begun with {', '.join(differ)}: repeat that, or start over with --fresh")
             for name, part in state.items():
@@ -590,8 +589,12 @@ def resume(args, state, count):
             torch.cuda.set_rng_state_all(devices[: torch.cuda.device_count()])
     with replacing(args.run / "config.json") as file:
         file.write(json.dumps(now | {"torch": torch.__version__}, indent=2).encode())
-    with open(args.run / "log.jsonl", "ab") as log:  # what was logged after the checkpoint will be logged again
-        log.truncate(min(log.tell(), logged))
+    rows = log.read_text().splitlines(keepends=True) if log.exists() else []
+    with (
+        blame(f"{log} is damaged: delete it"),
+        replacing(log) as file,
+    ):  # what came after the checkpoint will come again
+        file.writelines(row.encode() for row in rows if row.endswith("\n") and json.loads(row)["step"] <= step)
     return step
 
 

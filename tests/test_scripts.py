@@ -438,8 +438,6 @@ USELESS = {  # checkpoints that can neither be gone on with nor used
 USABLE = {  # checkpoints that cannot be gone on with
     "no step": edit(lambda c: c.pop("step") and None),
     "step of another kind": edit(lambda c: c.update(step="three")),
-    "no log": edit(lambda c: c.pop("log") and None),
-    "log of another kind": edit(lambda c: c.update(log="long")),
     "no random states": edit(lambda c: c.pop("random") and None),
     "random states of another kind": edit(lambda c: c.update(random=[torch.zeros(3)])),
     "no opt_G": edit(lambda c: c.pop("opt_G") and None),
