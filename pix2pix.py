@@ -497,22 +497,22 @@ def paint(args, G, names, read, grid, folder=None):
     """
     G, cells = deepcopy(G).train(not args.eval), []  # a copy, as batch norm keeps averages of what it sees
     for i, name in enumerate(names):
-        h, w = (pixels := read(i)).shape[1:]
-        padded = np.pad(pixels.cpu(), ((0, 0), (0, -h % args.size), (0, -w % args.size)), "reflect")
-        x, y = to_xy(args, torch.from_numpy(padded)[None])
+        x, y = to_xy(args, read(i)[None])
+        h, w = x.shape[2:]
+        padded = np.pad(x.cpu(), ((0, 0), (0, 0), (0, -h % args.size), (0, -w % args.size)), "reflect")
         with torch.no_grad(), torch.random.fork_rng(range(torch.cuda.device_count())):
             torch.manual_seed(args.seed)
             with torch.autocast(x.device.type, torch.bfloat16, args.bf16):
-                shown = [x, G(x).float(), y][: 3 if y.shape[1] else 2]
-        images = [picture(args, image[0, :, :h, :w], x[0, :, :h, :w]) for image in shown]
+                fake = G(torch.from_numpy(padded).to(args.device)).float()[:, :, :h, :w]
+        images = [picture(args, image[0], x[0]) for image in (x, fake, y) if image.shape[1]]
         if folder:
             with replacing(folder / f"{name}.png") as file:
                 images[1].save(file, "PNG")
-        if len(cells) < 16 * len(shown):
+        if i < 16:
             fitted = [ImageOps.pad(image.convert("RGB"), (args.size, args.size), color="white") for image in images]
             cells += [pil_to_tensor(image) for image in fitted]
     with replacing(grid) as file:
-        to_pil_image(make_grid(cells, 2 * len(shown), pad_value=255)).save(file, "PNG")
+        to_pil_image(make_grid(cells, 2 * len(images), pad_value=255)).save(file, "PNG")
 
 
 def picture(args, image, x):

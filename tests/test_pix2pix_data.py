@@ -820,6 +820,17 @@ def test_translate_file(run, tmp_path):
         assert np.array_equal(opened(alone / f"{i}.png"), opened(to / f"{i}.png"))
 
 
+def test_translate_cuts_the_hole_in_the_middle(tmp_path):
+    """Inpainting cuts the middle out of an image of any size, not of what it is padded to."""
+    fill(tmp_path / "set", 2, h=16, w=16)
+    write(tmp_path / "in" / "dark.png", np.zeros((24, 48, 3), np.uint8))
+    flags = ["--data", tmp_path / "set", "--from", "hole", "--run", tmp_path / "run"]
+    main(*flags)
+    main(*flags, "--translate", tmp_path / "in", "--to", tmp_path / "out")
+    shown = opened(tmp_path / "out-comparison.png")[2:18, 2:18, 0]  # 48x24 in a cell of 16: 16x8, rows 4 to 11
+    assert (shown[7:9, 6:10] > 200).all() and (shown[[4, 11]] < 60).all() and (shown[4:12, :3] < 60).all()
+
+
 def test_translate_is_repeatable(run, tmp_path):
     """Twice the same result, dropout and all; --eval gives another one, the same each time too."""
     write(tmp_path / "photo.png", noise(32, 32))
