@@ -605,9 +605,7 @@ def report(args, step, goal, epoch, losses, last, must):
     if due or args.device == "cpu":  # elsewhere reading a loss makes the host wait for the device
         losses = {name: loss.item() for name, loss in losses.items()}
         if not all(map(math.isfinite, losses.values())):
-            refuse(
-                f"update {step} has a loss that is not finite, {losses}; last.pt stays as it was: lower --lr, try fp32"
-            )
+            refuse(f"update {step} has a loss that is not finite, {losses}; last.pt stays as it was: lower --lr")
     if not due:
         return last
     rate = (step - last[1]) * args.batch_size / (now - last[0])

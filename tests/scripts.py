@@ -116,7 +116,7 @@ ROWS = [
             "--direction AtoC",
         ),
         method_lines=144,
-        file_lines=640,
+        file_lines=500,
     ),
 ]
 
