@@ -245,6 +245,7 @@ def train(args):
             decay = max(0, epoch - args.epochs + args.decay_epochs) / (args.decay_epochs + 1)
             for optimiser in (state["opt_D"], state["opt_G"]):
                 optimiser.param_groups[0]["lr"].fill_(args.lr * (1 - decay))
+            torch.manual_seed(hash((args.seed, step)))  # dropout; so that an update is the same after a stop
             losses = update(x, y)
             saving = stopped or step == goal or step % args.save_every == 0 or time.monotonic() - saved > 600
             row = report(args, step, goal, epoch, losses, row, saving or step == begun + 1)
@@ -273,6 +274,7 @@ def blame(what):
     try:
         yield
     except Exception as error:
+        error = error.__context__ if isinstance(error.__context__, OSError) else error  # torch.save hides a full disk
         refuse(f"{what} ({str(error).partition(chr(10))[0].partition('. ')[0] or type(error).__name__})")
 
 
@@ -330,11 +332,7 @@ def streets(count, seed, size=64):
 
 
 def load_pairs(args, split):
-    """Pairs of "train" at --load-size or "test" at --size: names, and read(i) -> uint8 (in + out channels, S, S).
-
-    A folder is decoded once, before training, into a hidden file in it (below --data-root if it is read-only), and read
-    from there pair by pair, so that memory stays flat. A GPU takes all if they fit in a quarter of what is free.
-    """
+    """Pairs of "train" at --load-size or "test" at --size: names, and read(i) -> uint8 (in + out channels, S, S)."""
     size = args.load_size if split == "train" else args.size
     if args.data == "toy":
         if (args.in_channels, args.out_channels) != (3, 3):
@@ -344,30 +342,33 @@ def load_pairs(args, split):
         return [f"{i:03}" for i in range(len(pairs))], pairs.to(args.device).__getitem__
     folder = find_data(args)
     found = find_pairs(args, folder, split) or dict([*find_pairs(args, folder, "train").items()][:16])  # no test split
-    shape = (len(found), args.in_channels + args.out_channels, size, size)
-    home = folder if os.access(folder, os.W_OK) else args.data_root / "cache" / digest(folder.resolve())
-    kind = digest(size, args.size, args.direction, args.source, args.in_channels, args.out_channels)
-    stats = [(name, file.stat()) for name, files in found.items() for file in files]
+    files, shape = [*found.values()], (args.in_channels + args.out_channels, size, size)
+    kind = f"{split}-{args.size}-{args.direction}-{args.source}-{args.in_channels}-{args.out_channels}"
+    return list(found), decoded(args, folder, files, shape, kind, lambda files: read_pair(args, files, size))
+
+
+def decoded(args, folder, items, shape, kind, read):
+    """Returns i -> read(items[i]), uint8 of `shape`; an item is a tuple of files. All is read once, into a hidden file.
+
+    It lies in `folder`, or beside the runs if that is read-only; taking one by one from it keeps memory flat. A GPU
+    takes all if they fit in a quarter of what is free.
+    """
+    stats = [(str(file), file.stat()) for item in items for file in item]
     facts = [(name, stat.st_size, stat.st_mtime_ns, stat.st_ino) for name, stat in stats]
-    cache = home / f".{SCRIPT}-{split}-{kind}-{digest(facts)}"
-    if not cache.exists() or cache.stat().st_size != math.prod(shape):
-        print(f"decoding {len(found)} images of {folder}, once", flush=True)
-        for stale in home.glob(f".{SCRIPT}-{split}-{kind}-*"):
+    home, stem = folder if os.access(folder, os.W_OK) else args.run.parent / "cache", f".{SCRIPT}-{kind}-{shape[-1]}"
+    cache, one = home / f"{stem}-{hashlib.sha1(repr(facts).encode()).hexdigest()}", math.prod(shape)
+    if not cache.exists() or cache.stat().st_size != one * len(items):
+        print(f"decoding {len(items)} images of {folder}, once", flush=True)
+        for stale in home.glob(f"{stem}-*"):
             stale.unlink()
         with replacing(cache) as file, ThreadPoolExecutor() as pool:
-            for i in range(0, len(found), 64):  # a few at a time, so that memory stays flat
-                for pair in pool.map(lambda files: read_pair(args, files, size), [*found.values()][i : i + 64]):
-                    file.write(pair.numpy())
-    if "cuda" in args.device and math.prod(shape) < torch.cuda.mem_get_info(args.device)[0] // 4:
-        pairs = torch.from_file(str(cache), size=math.prod(shape), dtype=torch.uint8).view(shape)
-        return list(found), pairs.to(args.device).__getitem__
-    one = math.prod(shape[1:])
-    return list(found), lambda i: torch.from_numpy(np.fromfile(cache, np.uint8, one, offset=i * one)).view(shape[1:])
-
-
-def digest(*facts):
-    """Twelve letters for a file's name, others for other facts."""
-    return hashlib.sha1(repr(facts).encode()).hexdigest()[:12]
+            for i in range(0, len(items), 64):  # a few at a time, so that memory stays flat
+                for pixels in pool.map(read, items[i : i + 64]):
+                    file.write(pixels.numpy())
+    if "cuda" in args.device and one * len(items) < torch.cuda.mem_get_info(args.device)[0] // 4:
+        pixels = torch.from_file(str(cache), size=one * len(items), dtype=torch.uint8)
+        return pixels.view(-1, *shape).to(args.device).__getitem__
+    return lambda i: torch.from_numpy(np.fromfile(cache, np.uint8, one, offset=i * one)).view(shape)
 
 
 def find_data(args):
@@ -500,10 +501,9 @@ def paint(args, G, names, read, grid, folder=None):
         x, y = to_xy(args, read(i)[None])
         h, w = x.shape[2:]
         padded = np.pad(x.cpu(), ((0, 0), (0, 0), (0, -h % args.size), (0, -w % args.size)), "reflect")
-        with torch.no_grad(), torch.random.fork_rng(range(torch.cuda.device_count())):
-            torch.manual_seed(args.seed)
-            with torch.autocast(x.device.type, torch.bfloat16, args.bf16):
-                fake = G(torch.from_numpy(padded).to(args.device)).float()[:, :, :h, :w]
+        torch.manual_seed(args.seed)
+        with torch.no_grad(), torch.autocast(x.device.type, torch.bfloat16, args.bf16):
+            fake = G(torch.from_numpy(padded).to(args.device)).float()[:, :, :h, :w]
         images = [picture(args, image[0], x[0]) for image in (x, fake, y) if image.shape[1]]
         if folder:
             with replacing(folder / f"{name}.png") as file:
@@ -547,11 +547,10 @@ def translate(args):
 
 
 def save(args, state, step):
-    """Write RUN/last.pt, to go on from or translate with, unless a weight is not finite. Returns the time."""
-    if not all(weight.isfinite().all() for name in "GD" for weight in state[name].parameters()):
+    """Write RUN/last.pt, to go on from or to use, unless a weight is not finite. Returns the time."""
+    if not all(weight.isfinite().all() for part in state.values() for weight in getattr(part, "parameters", list)()):
         refuse(f"update {step} made weights that are not finite: {args.run}/last.pt was left as it is; lower --lr")
     checkpoint = {"script": SCRIPT, "version": 1, "step": step, "settings": args.settings}
-    checkpoint["random"] = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
     with replacing(args.run / "last.pt") as file:
         torch.save(checkpoint | {name: part.state_dict() for name, part in state.items()}, file)
     return time.monotonic()
@@ -569,7 +568,7 @@ def read_checkpoint(path, device):
 def resume(args, state, count):
     """Make RUN, or go on with it: load RUN/last.pt if it is there. Returns the step it was saved at, or 0."""
     now = {name: value for name, value in vars(args).items() if name not in FREE.split()}
-    now = args.settings = now | {"data": Path(args.data).resolve().name, "pairs": count}
+    now = args.settings = now | {"data": Path(args.data).resolve().name, "count": count}
     olds = (args.run.with_name(f"{args.run.name}.old-{n}") for n in itertools.count(1))
     if args.fresh and args.run.exists():
         args.run.rename(next(old for old in olds if not old.exists()))
@@ -582,18 +581,12 @@ def resume(args, state, count):
                 refuse(f"{args.run} was begun with {', '.join(differ)}: repeat that, or start over with --fresh")
             for name, part in state.items():
                 part.load_state_dict(then[name])
-            for name in ("opt_G", "opt_D"):  # whatever device the checkpoint came from
-                state[name].param_groups[0]["capturable"] = "cuda" in args.device
-            host, *devices = (one.cpu() for one in then["random"])
-            torch.set_rng_state(host)
-            torch.cuda.set_rng_state_all(devices[: torch.cuda.device_count()])
+                for group in getattr(part, "param_groups", []):  # whatever device the checkpoint came from
+                    group.update({"capturable": "cuda" in args.device} if "capturable" in group else {})
     with replacing(args.run / "config.json") as file:
         file.write(json.dumps(now | {"torch": torch.__version__}, indent=2).encode())
     rows = log.read_text().splitlines(keepends=True) if log.exists() else []
-    with (
-        blame(f"{log} is damaged: delete it"),
-        replacing(log) as file,
-    ):  # what came after the checkpoint will come again
+    with blame(f"{log} is damaged: delete it"), replacing(log) as file:  # what came after last.pt will come again
         file.writelines(row.encode() for row in rows if row.endswith("\n") and json.loads(row)["step"] <= step)
     return step
 
@@ -618,18 +611,17 @@ def report(args, step, goal, epoch, losses, last, must):
 
 
 def main(argv=None):
-    """Train, or translate; what goes wrong outside of this code ends in one sentence and exit status 2."""
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))
+    """Train or translate; bad input, and what the machine refuses, end in one sentence and exit status 2."""
+    for kind in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(kind, lambda number, frame: sys.exit(128 + number))
     warnings.filterwarnings("ignore", module="PIL")  # a refusal says it in one sentence
     try:
         args = get_args(argv)
         return (translate if args.translate else train)(args)
-    except KeyboardInterrupt:
-        sys.exit(130)
     except (SystemExit, OSError, MemoryError, torch.OutOfMemoryError) as error:
-        if isinstance(error, SystemExit) and not isinstance(error.code, str):
+        if isinstance(getattr(error, "code", None), int):
             raise
-        print(str(error).partition("\n")[0], file=sys.stderr)
+        print(str(error).partition("\n")[0] or "out of memory", file=sys.stderr)
         sys.exit(2)
 
 

@@ -30,6 +30,7 @@ class Row:
     use: Callable  # folder, run -> flags that use the run, the folder they write to, {file in it: size of the picture}
     changes: tuple[str, ...]  # settings that a run cannot go on with
     bad: tuple[str, ...]  # arguments that are refused
+    steady: bool  # whether the rate stays what it is
     method_lines: int
     file_lines: int
 
@@ -67,6 +68,24 @@ def photos_to_translate(folder, run):
     return flags, folder / "out", {"a.png": (40, 24), "more/b.png": (33, 50)}
 
 
+def pictures(folder):
+    """Eight images of 10x10 pixels."""
+    rng = np.random.default_rng(0)
+    folder.mkdir(parents=True)
+    for i in range(8):
+        Image.fromarray(rng.integers(0, 256, (10, 10, 3), np.uint8)).save(folder / f"{i}.png")
+
+
+def samples(size, *more):
+    """Five images from noise, for `--sample`."""
+
+    def use(folder, run):
+        flags = ["--run", run, "--sample", 5, "--to", folder / "out", "--device", "cpu", *more]
+        return flags, folder / "out", {f"{i:05}.png": (size, size) for i in range(5)}
+
+    return use
+
+
 ROWS = [
     Row(
         name="pix2pix",
@@ -79,7 +98,8 @@ ROWS = [
         batch=lambda args: images(2, args.batch_size, 3, args.size, args.size).unbind(),
         tests=100,
         data=pairs,
-        resume="--size 32 --load-size 36 --ngf 4 --ndf 4 --n-layers 1 --batch-size 3 --precision fp32 --device cpu",
+        resume="--size 32 --load-size 36 --ngf 4 --ndf 4 --n-layers 1 --batch-size 3 --decay-epochs 2 --precision fp32"
+        " --device cpu",
         use=photos_to_translate,
         changes=(
             "--lr 0.001",
@@ -115,8 +135,53 @@ ROWS = [
             "--from gray",
             "--direction AtoC",
         ),
+        steady=False,
         method_lines=144,
         file_lines=500,
+    ),
+    Row(
+        name="gan",
+        tiny="--size 8 --ngf 16 --ndf 4 --batch-size 4 --precision fp32 --device cpu",
+        parts=("G", "D", "opt_G", "opt_D"),
+        inputs={
+            "G": lambda args: (images(2, args.nz),),
+            "D": lambda args: (images(2, args.channels, args.size, args.size),),
+        },
+        batch=lambda args: (images(args.k * args.batch_size, args.channels, args.size, args.size),),
+        tests=0,
+        data=pictures,
+        resume="--size 8 --ngf 16 --ndf 4 --batch-size 3 --optimiser sgd --precision fp32 --device cpu",
+        use=samples(size=8),
+        changes=(
+            "--lr 0.01",
+            "--batch-size 3",
+            "--seed 1",
+            "--epochs 7",
+            "--precision bf16",
+            "--size 9",
+            "--ngf 8",
+            "--ndf 8",
+            "--nz 50",
+            "--k 2",
+            "--saturating",
+            "--optimiser sgd",
+            "--channels 3",
+        ),
+        bad=(
+            "--net conv",  # not at this size
+            "--net mlp",
+            "--channels 2",
+            "--optimiser rmsprop",
+            "--ngf 0",
+            "--ndf 0",
+            "--nz 0",
+            "--k 0",
+            "--sample 0",
+            "--sample many",
+        ),
+        steady=False,
+        method_lines=175,
+        file_lines=450,
     ),
 ]
 
