@@ -348,12 +348,12 @@ def load_pairs(args, split):
 
 
 def decoded(args, folder, items, shape, kind, read):
-    """Returns i -> read(items[i]), uint8 of `shape`; an item is a tuple of files. All is read once, into a hidden file.
+    """Returns i -> read(items[i]), uint8 of `shape`; an item is a tuple, mostly of files. All is read once.
 
-    It lies in `folder`, or beside the runs if that is read-only; taking one by one from it keeps memory flat. A GPU
+    A hidden file in `folder`, or beside the runs if that is read-only, keeps it; so memory stays flat. A GPU
     takes all if they fit in a quarter of what is free.
     """
-    stats = [(str(file), file.stat()) for item in items for file in item]
+    stats = [(str(file), file.stat()) for item in items for file in item if isinstance(file, Path)]
     facts = [(name, stat.st_size, stat.st_mtime_ns, stat.st_ino) for name, stat in stats]
     home, stem = folder if os.access(folder, os.W_OK) else args.run.parent / "cache", f".{SCRIPT}-{kind}-{shape[-1]}"
     cache, one = home / f"{stem}-{hashlib.sha1(repr(facts).encode()).hexdigest()}", math.prod(shape)

@@ -1,0 +1,577 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["torch>=2.11", "torchvision>=0.26", "numpy>=2", "pillow>=11"]
+# ///
+"""cGAN: a GAN that is told what to draw.
+
+Mirza, Osindero: Conditional Generative Adversarial Nets. 2014, arXiv:1411.1784. G and D are both given a label y:
+    min_G max_D  E[log D(x|y)] + E[log(1 - D(G(z|y)))]                                            (Eq. 2)
+No code was released. The paper does not say where its dropout sits (here on every hidden layer, in G too, where it is
+off when samples are drawn), nor G's loss (here the one that does not saturate). --net conv is a DCGAN with labels.
+
+    python cgan.py                                         # train on toy digits, drawn here, in minutes on a CPU
+    python cgan.py --data mnist                            # download, train; stop it and repeat this: it goes on
+    python cgan.py --data mnist --sample 100 --label 7     # draw sevens; without --label, all labels in turn
+"""
+
+import argparse
+import contextlib
+import functools
+import itertools
+import json
+import math
+import os
+import signal
+import sys
+import time
+import warnings
+from copy import deepcopy
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import nn
+from torch.nn import functional as F
+from torchvision import datasets
+from torchvision.transforms.v2.functional import pil_to_tensor, resize, to_pil_image
+from torchvision.utils import make_grid
+
+SCRIPT = "cgan"
+SETS = {  # the named sets, and what each changes
+    "toy": dict(optimiser="adam", ngf=800, ndf=80, epochs=60, save_every=2000),
+    "mnist": dict(),
+    "fashion-mnist": dict(),
+    "cifar10": dict(net="conv", optimiser="adam", channels=3, size=32),
+}
+NETS = {"mlp": (1200, 240, 1e-3), "conv": (64, 64, 2e-4)}  # ngf, ndf, rate of Adam
+FREE = "settings data_root run max_steps save_every fresh device bf16 sample label to"  # may change in a run
+
+
+def get_args(argv=None):
+    """Settings from `argv` or the command line; what is not given is the paper's, or that of the set."""
+    parser = argparse.ArgumentParser(f"{SCRIPT}.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.error, add = refuse, parser.add_argument
+    add("--data", default="toy", help=f"{', '.join(SETS)}, or a folder with a folder of images for each label")
+    add("--data-root", type=Path, default=Path("data"), help="where downloads go, or lie already")
+    add("--size", type=int, default=28, help="pixels a side; conv: 28 or 32")
+    add("--channels", type=int, choices=(1, 3), default=1, help="1 grey, 3 colour")
+    add("--net", choices=tuple(NETS), default="mlp", help="mlp: the paper's networks for MNIST; conv: convolutional")
+    add("--cbn", action="store_true", help="conv: G takes the label by conditional batch norm (Dumoulin 2016, BigGAN)")
+    add("--nz", type=int, default=100, help="numbers in z")
+    add("--ngf", type=int, help="units of G's last hidden layer (1200), or channels (conv 64)")
+    add("--ndf", type=int, help="maxout units of D's layers (240), or channels of its first (conv 64)")
+    add("--optimiser", choices=("sgd", "adam"), default="sgd", help="the paper's, or the one that takes minutes")
+    add("--epochs", type=int, default=250, help="passes over the images")
+    add("--batch-size", type=int, default=100, help="images an update")
+    add("--lr", type=float, help="the rate, at first (SGD .1; Adam 1e-3, conv 2e-4)")
+    add("--seed", type=int, default=0, help="of weights, order, noise and dropout; of z for --sample")
+    add("--run", type=Path, help="run folder (runs/cgan-DATA)")
+    add("--max-steps", type=int, help="stop after so many updates")
+    add("--save-every", type=int, default=10000, help="updates between checkpoints; ten minutes at most")
+    add("--fresh", action="store_true", help="start over; the old run is kept as DIR.old-N")
+    add("--device", help="cpu, cuda, cuda:1, mps, ... (the accelerator, if there is one)")
+    add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 where it is much faster")
+    add("--sample", type=int, metavar="N", help="draw N images with what was trained")
+    add("--label", help="of these images, by name or number (all in turn)")
+    add("--to", type=Path, help="folder for them (RUN/sampled)")
+    parser.set_defaults(**SETS.get(parser.parse_known_args(argv)[0].data, {}))
+    args = parser.parse_args(argv)
+    ngf, ndf, rate = NETS[args.net]
+    rest = {"ngf": ngf, "ndf": ndf, "lr": 0.1 if args.optimiser == "sgd" else rate}
+    vars(args).update({name: value for name, value in rest.items() if getattr(args, name) is None})
+    if args.net == "conv" and args.size not in (28, 32):
+        refuse(f"--size {args.size}: the convolutional networks take 28 or 32 pixels")
+    if args.cbn and args.net != "conv":
+        refuse("--cbn needs --net conv: the paper's networks have no batch norm")
+    if args.ngf < 6 or args.ndf < 5:
+        refuse(f"--ngf {args.ngf} --ndf {args.ndf}: give 6 and 5 at least")
+    args.classes = [*"0123456789"]  # until the data are read
+    return settle(args, zeros=("lr", "seed"))
+
+
+# -- the method ------------------------------------------------------------------------------------------------------
+
+
+class Maxout(nn.Module):  # same as gan.py
+    """The largest of `pieces` linear functions, for each unit or channel: (N, C, ...) -> (N, units, ...)."""
+
+    def __init__(self, linear, pieces):
+        super().__init__()
+        self.linear, self.pieces = linear, pieces
+
+    def forward(self, x):
+        return self.linear(x).unflatten(1, (-1, self.pieces)).amax(2)
+
+
+class Generator(nn.Module):
+    """z (N, nz) and labels (N,) -> x (N, channels, size, size) in [0, 1] (Sec. 4.1).
+
+    z -> 200 ReLU, label -> 1000 ReLU, both -> 1200 ReLU -> sigmoid, where ngf is 1200.
+    """
+
+    def __init__(self, classes=10, nz=100, ngf=1200, channels=1, size=28):
+        super().__init__()
+        self.classes, self.shape = classes, (channels, size, size)
+        self.of_z, self.of_y = nn.Linear(nz, ngf // 6), nn.Linear(classes, ngf - ngf // 6)
+        last = [nn.Linear(ngf, ngf), nn.ReLU(), nn.Dropout(0.5), nn.Linear(ngf, math.prod(self.shape)), nn.Sigmoid()]
+        self.layers = nn.Sequential(nn.ReLU(), nn.Dropout(0.5), *last)
+
+    def forward(self, z, y):
+        joined = torch.cat([self.of_z(z), self.of_y(F.one_hot(y, self.classes).to(z.dtype))], 1)  # (N, 1200)
+        return self.layers(joined).view(-1, *self.shape)
+
+
+class Discriminator(nn.Module):
+    """x (N, channels, size, size) in [0, 1] and labels (N,) -> logits (N,) (Sec. 4.1).
+
+    x -> 240 maxout units of 5 pieces, label -> 50 of 5, both -> 240 of 4, where ndf is 240.
+    """
+
+    def __init__(self, classes=10, ndf=240, channels=1, size=28):
+        super().__init__()
+        self.classes, some = classes, ndf * 5 // 24
+        self.of_x = Maxout(nn.Linear(channels * size * size, 5 * ndf), 5)
+        self.of_y = Maxout(nn.Linear(classes, 5 * some), 5)
+        last = [Maxout(nn.Linear(ndf + some, 4 * ndf), 4), nn.Dropout(0.5), nn.Linear(ndf, 1)]
+        self.layers = nn.Sequential(nn.Dropout(0.5), *last)
+
+    def forward(self, x, y):
+        joined = torch.cat([self.of_x(x.flatten(1)), self.of_y(F.one_hot(y, self.classes).to(x.dtype))], 1)
+        return self.layers(joined).squeeze(1)
+
+
+class ConditionalNorm(nn.Module):
+    """Batch norm with a gain and a bias for each label (Dumoulin et al. 2016). (N, C, H, W), (N,) -> the same."""
+
+    def __init__(self, classes, channels):
+        super().__init__()
+        self.norm, self.table = nn.BatchNorm2d(channels, affine=False), nn.Embedding(classes, 2 * channels)
+        self.table.weight.data = torch.cat([torch.ones(classes, channels), torch.zeros(classes, channels)], 1)
+
+    def forward(self, x, y):
+        gain, bias = self.table(y)[:, :, None, None].chunk(2, 1)
+        return gain * self.norm(x) + bias
+
+
+class ConvGenerator(nn.Module):
+    """The same with the layers of a DCGAN: z and label -> 7x7 or 8x8 -> doubled twice.
+
+    Every layer is given the label, by --cbn in its norm, and otherwise as more channels of what it takes.
+    """
+
+    def __init__(self, classes=10, nz=100, ngf=64, channels=1, size=28, cbn=False):
+        super().__init__()
+        self.classes, self.cbn, more = classes, cbn, 0 if cbn else classes
+        width = [nz, 4 * ngf, 2 * ngf, channels]
+        kernels = [(size // 4, 1, 0), (4, 2, 1), (4, 2, 1)]
+        self.convs = nn.ModuleList(nn.ConvTranspose2d(a + more, b, *k) for a, b, k in zip(width, width[1:], kernels))
+        self.norms = nn.ModuleList(ConditionalNorm(classes, c) if cbn else nn.BatchNorm2d(c) for c in width[1:-1])
+
+    def forward(self, z, y):
+        x, label = z[:, :, None, None], F.one_hot(y, self.classes).to(z.dtype)[:, :, None, None]
+        for i, conv in enumerate(self.convs):
+            x = conv(x if self.cbn else torch.cat([x, label.expand(-1, -1, *x.shape[2:])], 1))
+            if i < len(self.norms):
+                x = F.relu(self.norms[i](x, y) if self.cbn else self.norms[i](x))
+        return x.sigmoid()
+
+
+class ConvDiscriminator(nn.Module):
+    """The same with strided convolutions; the label makes more channels of the image. Dropout, and no norm."""
+
+    def __init__(self, classes=10, ndf=64, channels=1, size=28):
+        super().__init__()
+        self.classes = classes
+        convs = [nn.Conv2d(channels + classes, ndf, 4, 2, 1), nn.LeakyReLU(0.2), nn.Dropout(0.3)]
+        convs += [nn.Conv2d(ndf, 2 * ndf, 4, 2, 1), nn.LeakyReLU(0.2), nn.Dropout(0.3)]
+        self.layers = nn.Sequential(*convs, nn.Conv2d(2 * ndf, 1, size // 4))
+
+    def forward(self, x, y):
+        label = F.one_hot(y, self.classes).to(x.dtype)[:, :, None, None].expand(-1, -1, *x.shape[2:])
+        return self.layers(torch.cat([x, label], 1)).flatten()
+
+
+def init_weights(net, width):  # same as gan.py
+    """Uniform in +-width for weights, zero for biases."""
+    for weight in net.parameters():
+        nn.init.zeros_(weight) if weight.ndim in (1, 3) else nn.init.uniform_(weight, -width, width)
+    return net
+
+
+class Momentum(torch.optim.Optimizer):  # same as gan.py
+    """SGD with momentum as in the authors' code, v <- momentum v - lr g, w <- w + v, with both rates as tensors."""
+
+    def __init__(self, weights, lr, momentum):
+        super().__init__(weights, dict(lr=lr, momentum=momentum))
+        for weight in self.param_groups[0]["params"]:
+            self.state[weight]["v"] = torch.zeros_like(weight)
+
+    @torch.no_grad()
+    def step(self):
+        (group,) = self.param_groups
+        weights, vs = group["params"], [self.state[weight]["v"] for weight in group["params"]]
+        torch._foreach_mul_(vs, group["momentum"])
+        torch._foreach_sub_(vs, torch._foreach_mul([weight.grad for weight in weights], group["lr"]))
+        torch._foreach_add_(weights, vs)
+
+
+def gan_loss(logits, real):  # same as gan.py
+    """-log D if `real`, else -log(1 - D), mean over the batch; D = sigmoid(logits). (N,) -> 0-d."""
+    return F.softplus(-logits.float() if real else logits.float()).mean()
+
+
+def draw_z(args, count):
+    """Uniform noise in the unit cube (Sec. 4.1). -> (count, nz)."""
+    return torch.rand(count, args.nz, device=args.device)
+
+
+def build(args):
+    """{name: network or optimiser}: all that is learned, on args.device; a checkpoint holds their states."""
+    torch.manual_seed(args.seed)
+    classes = len(args.classes)
+    if args.net == "conv":
+        G = ConvGenerator(classes, args.nz, args.ngf, args.channels, args.size, args.cbn)
+        D = ConvDiscriminator(classes, args.ndf, args.channels, args.size)
+    else:  # the paper does not say how; as the authors of GAN
+        G = init_weights(Generator(classes, args.nz, args.ngf, args.channels, args.size), 0.05)
+        D = init_weights(Discriminator(classes, args.ndf, args.channels, args.size), 0.005)
+    state = {"G": G.to(args.device), "D": D.to(args.device)}
+    for name in "GD":  # with rates as tensors, so that a recorded step follows the schedule
+        weights, rate = state[name].parameters(), torch.tensor(args.lr, device=args.device)
+        if args.optimiser == "sgd":
+            state[f"opt_{name}"] = Momentum(weights, rate, torch.tensor(0.5, device=args.device))
+        else:
+            fit = dict(fused=True, capturable="cuda" in args.device)
+            state[f"opt_{name}"] = torch.optim.Adam(weights, rate, (0.5, 0.999), **fit)
+    return state
+
+
+def make_step(args, state):
+    """Returns `step(x, y)`: one update of D and G on images (N, C, S, S) in [0, 1] and their labels (N,).
+
+    It gives back its losses as 0-d tensors and reads nothing back from the device, so it can be recorded and replayed.
+    """
+    G, D, opt_G, opt_D = (state[name] for name in ("G", "D", "opt_G", "opt_D"))
+
+    def step(x, y):
+        opt_D.zero_grad()
+        opt_G.zero_grad()
+        with torch.autocast(x.device.type, torch.bfloat16, args.bf16):
+            fake = G(draw_z(args, len(x)), y)
+            on_real, on_fake = D(torch.cat([x, fake]), torch.cat([y, y])).chunk(2)  # one pass serves both losses
+        # D: max log D(x|y) + log(1 - D(G(z|y))) (Eq. 2)
+        loss_D = (gan_loss(on_real, True) + gan_loss(on_fake, False)) / 2
+        loss_D.backward(inputs=list(D.parameters()), retain_graph=True)
+        # G: max log D(G(z|y)), for min log(1 - D(G(z|y)))
+        loss_G = gan_loss(on_fake, True)
+        loss_G.backward(inputs=list(G.parameters()))
+        opt_D.step()
+        opt_G.step()
+        return {"loss_D": loss_D.detach(), "loss_G": loss_G.detach()}
+
+    return step
+
+
+def train(args):
+    """Train for --epochs, from RUN/last.pt if it is there. Returns the run folder."""
+    images, labels, args.classes = load_images(args)
+    state = build(args)
+    fixed_z = draw_z(args, 10)
+    begun = resume(args, state, len(images))
+    goal = max(begun, min(math.ceil(args.epochs * len(images) / args.batch_size), args.max_steps or math.inf))
+    update, row, saved = make_step(args, state), (time.monotonic(), begun), time.monotonic()
+    with signals() as stopped:
+        for step, (epoch, x, y) in zip(range(begun + 1, goal + 1), batches(args, images, labels, begun)):
+            for optimiser in (state["opt_D"], state["opt_G"]) if args.optimiser == "sgd" else ():
+                optimiser.param_groups[0]["lr"].fill_(max(args.lr / 1.00004**step, 1e-6))
+                optimiser.param_groups[0]["momentum"].fill_(0.5 + 0.2 * min((epoch - 1) / 249, 1))
+            torch.manual_seed(hash((args.seed, step)))  # z and dropout; so that an update is the same after a stop
+            losses = update(x, y)
+            saving = stopped or step == goal or step % args.save_every == 0 or time.monotonic() - saved > 600
+            row = report(args, step, goal, epoch, losses, row, saving or step == begun + 1)
+            if saving:
+                saved = save(args, state, step)
+                if stopped:
+                    break
+                paint_labels(args.run / "samples" / f"{step:07}.png", args, state["G"], fixed_z)
+    print(f"{args.run} is finished, {goal} updates: {args.run}/samples shows every label; --fresh starts over")
+    return args.run
+
+
+# -- the house -------------------------------------------------------------------------------------------------------
+
+
+def refuse(sentence):  # same as pix2pix.py
+    """Bad input ends in one sentence and exit status 2, by way of `main`."""
+    raise SystemExit(f"{SCRIPT}.py: {sentence}")
+
+
+@contextlib.contextmanager
+def blame(what):  # same as pix2pix.py
+    """Refuse `what` if anything goes wrong with it: what others wrote or sent fails in many ways."""
+    try:
+        yield
+    except Exception as error:
+        error = error.__context__ if isinstance(error.__context__, OSError) else error  # torch.save hides a full disk
+        refuse(f"{what} ({str(error).partition(chr(10))[0].partition('. ')[0] or type(error).__name__})")
+
+
+@contextlib.contextmanager
+def replacing(path):  # same as pix2pix.py
+    """A file to write to, which becomes `path` when it is whole and on the disk, and otherwise leaves nothing."""
+    part = path.with_name(f"{path.name}.part")
+    with blame(f"{path} cannot be written"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(part, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def signals():  # same as pix2pix.py
+    """A list onto which SIGINT and SIGTERM are put, so that the loop can save; then they end the script."""
+    caught, kinds = [], (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(kind, lambda number, frame: caught.append(number)) for kind in kinds]
+    try:
+        yield caught
+    finally:
+        for kind, handler in zip(kinds, before):
+            signal.signal(kind, handler)
+    if caught:
+        sys.exit(128 + caught[0])
+
+
+def settle(args, zeros):  # same as gan.py
+    """Check that numbers are from 1 up, or 0 for those named in `zeros`; settle --run, --device and precision."""
+    limits = {int: 2**63, float: math.inf}
+    for name, value in vars(args).items():
+        least = 0 if name in zeros else 1
+        if type(value) in limits and not least <= value < limits[type(value)]:
+            refuse(f"--{name.replace('_', '-')} {value}: give a number from {least} up, below {limits[type(value)]}")
+    args.run = args.run or Path("runs", f"{SCRIPT}-{Path(args.data).resolve().name}")
+    args.device = args.device or str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
+    with blame(f"--device {args.device} is not to be had on this machine: leave it out to use what there is"):
+        args.device = str(torch.zeros(1, device=args.device).device)
+    amx = args.device == "cpu" and torch.cpu.get_capabilities().get("amx_bf16", False)
+    fast = amx or "cuda" in args.device and torch.cuda.is_bf16_supported(False)
+    args.bf16 = args.precision == "bf16" or args.precision == "auto" and fast
+    return args
+
+
+def digits(count, seed, size=28):  # same as gan.py
+    """Toy digits, uint8 (count, 1, size, size), white on black, and labels (count,).
+
+    Ten glyphs of 5x7 dots under random affine maps, with random stroke width and noise.
+    """
+    rng, rows = (
+        np.random.default_rng(seed),
+        "ehhhhhe 4c4444e eh1248v v2421he 26aiv22 vgu11he 68guhhe v124888 ehhehhe ehhf12c",
+    )
+    glyphs = [[[int(dots, 32) >> i & 1 for i in range(4, -1, -1)] for dots in rows] for rows in rows.split()]
+    labels, (turn, slant) = rng.integers(0, 10, count), rng.uniform(-0.2, 0.2, (2, count))
+    wide, high = rng.uniform(1.3, 1.9, count), rng.uniform(1.1, 1.4, count)
+    maps = np.array([[wide * np.cos(turn), wide * (slant - np.sin(turn)), rng.uniform(-0.25, 0.25, count)],
+                     [high * np.sin(turn), high * np.cos(turn), rng.uniform(-0.12, 0.12, count)]])  # fmt: skip
+    grid = F.affine_grid(torch.from_numpy(maps.transpose(2, 0, 1)).float(), (count, 1, size, size), align_corners=False)
+    ink = F.grid_sample(torch.tensor(glyphs)[labels, None].float(), grid, align_corners=False)
+    thin, grain = rng.uniform(0.25, 0.45, (count, 1, 1, 1)), rng.normal(0, 6, (count, 1, size, size))
+    pixels = (5 * (ink.numpy() - thin)).clip(0, 1) * 250 + abs(grain)
+    return torch.from_numpy(pixels.clip(0, 255).astype(np.uint8)), torch.from_numpy(labels)
+
+
+def load_images(args):
+    """The training images, uint8 (N, channels, size, size), their labels (N,), both on the device, and label names."""
+    names = [*"0123456789"]
+    if args.data == "toy":
+        images, labels = digits(10000, 0, args.size)
+    elif args.data in SETS:
+        name, kept = {"mnist": ("MNIST", 50000), "cifar10": ("CIFAR10", 50000)}.get(args.data, ("FashionMNIST", 60000))
+        with blame(f"{args.data} cannot be had: put torchvision's {name} below --data-root {args.data_root}"):
+            args.data_root.mkdir(parents=True, exist_ok=True)
+            data = getattr(datasets, name)(args.data_root, download=True)
+            images, labels, names = (
+                torch.as_tensor(data.data[:kept]),
+                torch.as_tensor(data.targets[:kept]),
+                data.classes,
+            )
+        names = [*"0123456789"] if args.data == "mnist" else names
+        images = resize(images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2), [args.size, args.size])
+    elif not Path(args.data).is_dir():
+        refuse(f"--data {args.data} is no folder and none of {', '.join(SETS)}")
+    else:
+        files = find_images(Path(args.data))
+        kinds = [name.partition("/")[0] if "/" in name else "" for name in files]
+        if len(names := sorted({*kinds})) < 2 or "" in names:
+            refuse(
+                f"--data {args.data} needs a folder of images for each label, two at least, and no images beside them"
+            )
+        fitted = (ImageOps.fit(flatten(read_image(file), args.channels), (args.size,) * 2) for file in files.values())
+        images = torch.stack([pil_to_tensor(image) for image in fitted])
+        labels = torch.tensor([names.index(kind) for kind in kinds])
+    return images.expand(-1, args.channels, -1, -1).to(args.device), labels.to(args.device), list(names)
+
+
+def batches(args, images, labels, step):
+    """Yields epoch, x (B, C, S, S) in [0, 1] and y (B,) for each update after `step`, ordered by the seed."""
+    orders = functools.lru_cache(2)(lambda epoch: np.random.default_rng([args.seed, epoch]).permutation(len(images)))
+    for first in itertools.count(step * args.batch_size, args.batch_size):  # a batch may reach into the next epoch
+        chosen = [orders(k // len(images))[k % len(images)] for k in range(first, first + args.batch_size)]
+        chosen = torch.tensor(np.array(chosen), device=args.device)
+        yield first // len(images) + 1, images[chosen] / 255, labels[chosen]
+
+
+@torch.no_grad()
+def draw(args, G, z, y):
+    """The images G(z|y), uint8 (N, channels, size, size), without dropout and with running averages."""
+    G = deepcopy(G).eval()
+    with torch.autocast(z.device.type, torch.bfloat16, args.bf16):
+        x = torch.cat([G(*part).float() for part in zip(z.split(1000), y.split(1000))])
+    return (x * 255).round().byte().cpu()
+
+
+def paint_labels(path, args, G, z):
+    """A row of images for each label, each column from one z (N, nz)."""
+    y = torch.arange(len(args.classes), device=z.device).repeat_interleave(len(z))
+    images = draw(args, G, z.repeat(len(args.classes), 1), y)
+    with replacing(path) as file:
+        to_pil_image(make_grid(images, len(z), pad_value=128)).save(file, "PNG")
+
+
+def sample(args):
+    """Draw --sample images by RUN/last.pt into a folder of PNGs, NUMBER-LABEL.png, and a sheet beside it."""
+    path, to, seed = args.run / "last.pt", args.to or args.run / "sampled", args.seed
+    checkpoint = read_checkpoint(path, args.device)
+    with blame(f"{path} is damaged"):
+        args = argparse.Namespace(**vars(args) | checkpoint["settings"])
+        G = build(args)["G"]
+        G.load_state_dict(checkpoint["G"])
+    numbers = [str(i) for i in range(len(args.classes))]
+    if args.label is not None and args.label not in args.classes + numbers:
+        refuse(f"--label {args.label} is none of {', '.join(args.classes)}, and no number up to {numbers[-1]}")
+    one = args.classes.index(args.label) if args.label in args.classes else int(args.label or 0)
+    labels = [i % len(numbers) if args.label is None else one for i in range(args.sample)]
+    torch.manual_seed(seed)
+    z = draw_z(args, args.sample)
+    for i, image in enumerate(draw(args, G, z, torch.tensor(labels, device=args.device))):
+        with replacing(to / f"{i:05}-{labels[i]}.png") as file:
+            to_pil_image(image).save(file, "PNG")
+    paint_labels(to.with_name(f"{to.name}-sheet.png"), args, G, z[:10])
+    print(f"drew {args.sample} images into {to}, with {to.name}-sheet.png beside it")
+    return to
+
+
+def find_images(path):  # same as pix2pix.py
+    """{name: file} of all images below a folder, or of a file; a name keeps its suffix where it would be another's."""
+    suffixes, found = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"), {}
+    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        name = file.relative_to(path if path.is_dir() else path.parent).as_posix()
+        stem = name.removesuffix(file.suffix)
+        if file.suffix.lower() in suffixes and "/." not in f"/{name}":  # nothing hidden
+            found[name if stem in found else stem] = file
+    return found or refuse(f"{path} holds no images ({', '.join(suffixes)})")
+
+
+def read_image(path):  # same as pix2pix.py
+    """An image of any usual kind as a Pillow image: upright, with 8 bits, grey, RGB or RGBA."""
+    with blame(f"{path} cannot be read as an image"), Image.open(path) as file:
+        image = ImageOps.exif_transpose(file)
+        if image.mode[0] == "I":  # 16 bits
+            image = Image.fromarray(np.uint8(np.asarray(image).clip(0, 65535) // 257))
+        return image.convert("RGBA" if image.has_transparency_data else "L" if image.mode in ("1", "L") else "RGB")
+
+
+def flatten(image, channels):  # same as pix2pix.py
+    """A Pillow image in 1 to 4 channels; what is transparent shows white if there is no channel for it."""
+    if image.mode == "RGBA" and channels % 2:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert(("L", "LA", "RGB", "RGBA")[channels - 1])
+
+
+def save(args, state, step):  # same as pix2pix.py
+    """Write RUN/last.pt, to go on from or to use, unless a weight is not finite. Returns the time."""
+    if not all(weight.isfinite().all() for part in state.values() for weight in getattr(part, "parameters", list)()):
+        refuse(f"update {step} made weights that are not finite: {args.run}/last.pt was left as it is; lower --lr")
+    checkpoint = {"script": SCRIPT, "version": 1, "step": step, "settings": args.settings}
+    with replacing(args.run / "last.pt") as file:
+        torch.save(checkpoint | {name: part.state_dict() for name, part in state.items()}, file)
+    return time.monotonic()
+
+
+def read_checkpoint(path, device):  # same as pix2pix.py
+    """The dict that `save` wrote; no code that it may hold is run."""
+    with blame(f"{path} cannot be used as a checkpoint of {SCRIPT}.py"):
+        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        if (checkpoint["script"], checkpoint["version"]) != (SCRIPT, 1):
+            raise ValueError(f"it is one of {checkpoint['script']}.py, version {checkpoint['version']}")
+        return checkpoint
+
+
+def resume(args, state, count):  # same as pix2pix.py
+    """Make RUN, or go on with it: load RUN/last.pt if it is there. Returns the step it was saved at, or 0."""
+    now = {name: value for name, value in vars(args).items() if name not in FREE.split()}
+    now = args.settings = now | {"data": Path(args.data).resolve().name, "count": count}
+    olds = (args.run.with_name(f"{args.run.name}.old-{n}") for n in itertools.count(1))
+    if args.fresh and args.run.exists():
+        args.run.rename(next(old for old in olds if not old.exists()))
+    path, log, step = args.run / "last.pt", args.run / "log.jsonl", 0
+    if path.exists():
+        then = read_checkpoint(path, args.device)
+        with blame(f"{path} is damaged: --fresh starts over and keeps it"):
+            old, step = then["settings"], int(then["step"])
+            if differ := [f"{name} {old.get(name)}" for name in now | old if now.get(name) != old.get(name)]:
+                refuse(f"{args.run} was begun with {', '.join(differ)}: repeat that, or start over with --fresh")
+            for name, part in state.items():
+                part.load_state_dict(then[name])
+                for group in getattr(part, "param_groups", []):  # whatever device the checkpoint came from
+                    group.update({"capturable": "cuda" in args.device} if "capturable" in group else {})
+    with replacing(args.run / "config.json") as file:
+        file.write(json.dumps(now | {"torch": torch.__version__}, indent=2).encode())
+    rows = log.read_text().splitlines(keepends=True) if log.exists() else []
+    with blame(f"{log} is damaged: delete it"), replacing(log) as file:  # what came after last.pt will come again
+        file.writelines(row.encode() for row in rows if row.endswith("\n") and json.loads(row)["step"] <= step)
+    return step
+
+
+def report(args, step, goal, epoch, losses, last, must):  # same as pix2pix.py
+    """Print and log the losses now and then, or if it `must`. Takes and returns time and step of the `last` row."""
+    now, terminal = time.monotonic(), sys.stdout.isatty()
+    due = must or now - last[0] > (1 if terminal else 10)
+    if due or args.device == "cpu":  # elsewhere reading a loss makes the host wait for the device
+        losses = {name: loss.item() for name, loss in losses.items()}
+        if not all(map(math.isfinite, losses.values())):
+            refuse(f"update {step} has a loss that is not finite, {losses}; last.pt stays as it was: lower --lr")
+    if not due:
+        return last
+    rate = (step - last[1]) * args.batch_size / (now - last[0])
+    with blame(f"{args.run}/log.jsonl cannot be written"), open(args.run / "log.jsonl", "a") as log:
+        log.write(json.dumps({"step": step, "epoch": epoch, **losses, "images_per_s": rate}) + "\n")
+    text = f"{step}/{goal} " + "".join(f"{name} {loss:.3g} " for name, loss in losses.items())
+    text += f"{rate:.3g} images/s {timedelta(seconds=(goal - step) * args.batch_size // rate)} left"
+    print(f"\r{text:<79.79}" if terminal else text, end="\n" if step == goal or not terminal else "", flush=True)
+    return now, step
+
+
+def main(argv=None):  # same as gan.py
+    """Train or sample; bad input, and what the machine refuses, end in one sentence and exit status 2."""
+    for kind in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(kind, lambda number, frame: sys.exit(128 + number))
+    warnings.filterwarnings("ignore", module="PIL")  # a refusal says it in one sentence
+    try:
+        args = get_args(argv)
+        return (sample if args.sample else train)(args)
+    except (SystemExit, OSError, MemoryError, torch.OutOfMemoryError) as error:
+        if isinstance(getattr(error, "code", None), int):
+            raise
+        print(str(error).partition("\n")[0] or "out of memory", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
