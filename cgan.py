@@ -6,8 +6,8 @@
 
 Mirza, Osindero: Conditional Generative Adversarial Nets. 2014, arXiv:1411.1784. G and D are both given a label y:
     min_G max_D  E[log D(x|y)] + E[log(1 - D(G(z|y)))]                                            (Eq. 2)
-No code was released. The paper does not say where its dropout sits (here on every hidden layer, in G too, where it is
-off when samples are drawn), nor G's loss (here the one that does not saturate). --net conv is a DCGAN with labels.
+No code was released. The paper does not say where its dropout sits (here on every hidden layer, and in G it is on when
+samples are drawn, as D saw them), nor G's loss (here the one that does not saturate). --net conv is convolutional.
 
     python cgan.py                                         # train on toy digits, drawn here, in minutes on a CPU
     python cgan.py --data mnist                            # download, train; stop it and repeat this: it goes on
@@ -84,7 +84,7 @@ def get_args(argv=None):
     if args.net == "conv" and args.size not in (28, 32):
         refuse(f"--size {args.size}: the convolutional networks take 28 or 32 pixels")
     if args.cbn and args.net != "conv":
-        refuse("--cbn needs --net conv: the paper's networks have no batch norm")
+        refuse("conditional batch norm, --cbn, needs --net conv: the paper's networks have no batch norm")
     if args.ngf < 6 or args.ndf < 5:
         refuse(f"--ngf {args.ngf} --ndf {args.ndf}: give 6 and 5 at least")
     args.classes = [*"0123456789"]  # until the data are read
@@ -113,13 +113,14 @@ class Generator(nn.Module):
 
     def __init__(self, classes=10, nz=100, ngf=1200, channels=1, size=28):
         super().__init__()
-        self.classes, self.shape = classes, (channels, size, size)
+        self.shape = channels, size, size
+        self.register_buffer("codes", torch.eye(classes), persistent=False)  # one-hot
         self.of_z, self.of_y = nn.Linear(nz, ngf // 6), nn.Linear(classes, ngf - ngf // 6)
         last = [nn.Linear(ngf, ngf), nn.ReLU(), nn.Dropout(0.5), nn.Linear(ngf, math.prod(self.shape)), nn.Sigmoid()]
         self.layers = nn.Sequential(nn.ReLU(), nn.Dropout(0.5), *last)
 
     def forward(self, z, y):
-        joined = torch.cat([self.of_z(z), self.of_y(F.one_hot(y, self.classes).to(z.dtype))], 1)  # (N, 1200)
+        joined = torch.cat([self.of_z(z), self.of_y(self.codes[y])], 1)  # (N, 1200)
         return self.layers(joined).view(-1, *self.shape)
 
 
@@ -131,14 +132,15 @@ class Discriminator(nn.Module):
 
     def __init__(self, classes=10, ndf=240, channels=1, size=28):
         super().__init__()
-        self.classes, some = classes, ndf * 5 // 24
+        some = ndf * 5 // 24
+        self.register_buffer("codes", torch.eye(classes), persistent=False)
         self.of_x = Maxout(nn.Linear(channels * size * size, 5 * ndf), 5)
         self.of_y = Maxout(nn.Linear(classes, 5 * some), 5)
         last = [Maxout(nn.Linear(ndf + some, 4 * ndf), 4), nn.Dropout(0.5), nn.Linear(ndf, 1)]
         self.layers = nn.Sequential(nn.Dropout(0.5), *last)
 
     def forward(self, x, y):
-        joined = torch.cat([self.of_x(x.flatten(1)), self.of_y(F.one_hot(y, self.classes).to(x.dtype))], 1)
+        joined = torch.cat([self.of_x(x.flatten(1)), self.of_y(self.codes[y])], 1)
         return self.layers(joined).squeeze(1)
 
 
@@ -163,14 +165,15 @@ class ConvGenerator(nn.Module):
 
     def __init__(self, classes=10, nz=100, ngf=64, channels=1, size=28, cbn=False):
         super().__init__()
-        self.classes, self.cbn, more = classes, cbn, 0 if cbn else classes
+        self.cbn, more = cbn, 0 if cbn else classes
+        self.register_buffer("codes", torch.eye(classes), persistent=False)
         width = [nz, 4 * ngf, 2 * ngf, channels]
         kernels = [(size // 4, 1, 0), (4, 2, 1), (4, 2, 1)]
         self.convs = nn.ModuleList(nn.ConvTranspose2d(a + more, b, *k) for a, b, k in zip(width, width[1:], kernels))
         self.norms = nn.ModuleList(ConditionalNorm(classes, c) if cbn else nn.BatchNorm2d(c) for c in width[1:-1])
 
     def forward(self, z, y):
-        x, label = z[:, :, None, None], F.one_hot(y, self.classes).to(z.dtype)[:, :, None, None]
+        x, label = z[:, :, None, None], self.codes[y][:, :, None, None]
         for i, conv in enumerate(self.convs):
             x = conv(x if self.cbn else torch.cat([x, label.expand(-1, -1, *x.shape[2:])], 1))
             if i < len(self.norms):
@@ -183,13 +186,13 @@ class ConvDiscriminator(nn.Module):
 
     def __init__(self, classes=10, ndf=64, channels=1, size=28):
         super().__init__()
-        self.classes = classes
+        self.register_buffer("codes", torch.eye(classes), persistent=False)
         convs = [nn.Conv2d(channels + classes, ndf, 4, 2, 1), nn.LeakyReLU(0.2), nn.Dropout(0.3)]
         convs += [nn.Conv2d(ndf, 2 * ndf, 4, 2, 1), nn.LeakyReLU(0.2), nn.Dropout(0.3)]
         self.layers = nn.Sequential(*convs, nn.Conv2d(2 * ndf, 1, size // 4))
 
     def forward(self, x, y):
-        label = F.one_hot(y, self.classes).to(x.dtype)[:, :, None, None].expand(-1, -1, *x.shape[2:])
+        label = self.codes[y][:, :, None, None].expand(-1, -1, *x.shape[2:])
         return self.layers(torch.cat([x, label], 1)).flatten()
 
 
@@ -429,19 +432,23 @@ def batches(args, images, labels, step):
 
 @torch.no_grad()
 def draw(args, G, z, y):
-    """The images G(z|y), uint8 (N, channels, size, size), without dropout and with running averages."""
+    """The images G(z|y), uint8 (N, channels, size, size), with dropout, as D saw them, and with running averages."""
     G = deepcopy(G).eval()
+    for part in G.modules():
+        part.training = isinstance(part, nn.Dropout)
     with torch.autocast(z.device.type, torch.bfloat16, args.bf16):
         x = torch.cat([G(*part).float() for part in zip(z.split(1000), y.split(1000))])
     return (x * 255).round().byte().cpu()
 
 
 def paint_labels(path, args, G, z):
-    """A row of images for each label, each column from one z (N, nz)."""
-    y = torch.arange(len(args.classes), device=z.device).repeat_interleave(len(z))
-    images = draw(args, G, z.repeat(len(args.classes), 1), y)
+    """A row of images for each label, each column from one z (N, nz), and one dropout."""
+    rows = []
+    for label in range(len(args.classes)):
+        torch.manual_seed(args.seed)
+        rows.append(draw(args, G, z, torch.full((len(z),), label, device=z.device)))
     with replacing(path) as file:
-        to_pil_image(make_grid(images, len(z), pad_value=128)).save(file, "PNG")
+        to_pil_image(make_grid(torch.cat(rows), len(z), pad_value=128)).save(file, "PNG")
 
 
 def sample(args):
@@ -521,6 +528,8 @@ def resume(args, state, count):  # same as pix2pix.py
     if args.fresh and args.run.exists():
         args.run.rename(next(old for old in olds if not old.exists()))
     path, log, step = args.run / "last.pt", args.run / "log.jsonl", 0
+    for part in args.run.rglob("*.part"):  # of a file that a kill cut off
+        part.unlink()
     if path.exists():
         then = read_checkpoint(path, args.device)
         with blame(f"{path} is damaged: --fresh starts over and keeps it"):

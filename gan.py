@@ -40,7 +40,7 @@ from torchvision.utils import make_grid
 
 SCRIPT = "gan"
 SETS = {  # the named sets, and what each changes
-    "toy": dict(optimiser="adam", ngf=400, ndf=80, epochs=60, lr=1e-3, save_every=2000),
+    "toy": dict(optimiser="adam", ngf=400, ndf=80, epochs=60, save_every=2000),
     "mnist": dict(),
     "fashion-mnist": dict(),
     "cifar10": dict(net="fc", channels=3, size=32),
@@ -66,7 +66,7 @@ def get_args(argv=None):
     add("--optimiser", choices=("sgd", "adam"), default="sgd", help="the authors', or the one that takes minutes")
     add("--epochs", type=int, default=250, help="passes over the images")
     add("--batch-size", type=int, default=100, help="images an update")
-    add("--lr", type=float, help="the rate, at first (SGD .1; fc .025, conv .004; Adam 2e-4)")
+    add("--lr", type=float, help="the rate, at first (SGD .1; fc .025, conv .004; Adam 1e-3)")
     add("--seed", type=int, default=0, help="of weights, order, noise and dropout; of z for --sample")
     add("--run", type=Path, help="run folder (runs/gan-DATA)")
     add("--max-steps", type=int, help="stop after so many updates")
@@ -79,7 +79,7 @@ def get_args(argv=None):
     parser.set_defaults(**SETS.get(parser.parse_known_args(argv)[0].data, {}))
     args = parser.parse_args(argv)
     ngf, ndf, rate = NETS[args.net]
-    rest = {"ngf": ngf, "ndf": ndf, "lr": rate if args.optimiser == "sgd" else 2e-4}
+    rest = {"ngf": ngf, "ndf": ndf, "lr": rate if args.optimiser == "sgd" else 1e-3}
     vars(args).update({name: value for name, value in rest.items() if getattr(args, name) is None})
     if args.net == "conv" and (args.size < 20 or args.size % 3 != 2):
         refuse(f"--size {args.size}: the convolutional networks take 20, 23, 26, 29, 32, ... pixels")
@@ -488,6 +488,8 @@ def resume(args, state, count):  # same as pix2pix.py
     if args.fresh and args.run.exists():
         args.run.rename(next(old for old in olds if not old.exists()))
     path, log, step = args.run / "last.pt", args.run / "log.jsonl", 0
+    for part in args.run.rglob("*.part"):  # of a file that a kill cut off
+        part.unlink()
     if path.exists():
         then = read_checkpoint(path, args.device)
         with blame(f"{path} is damaged: --fresh starts over and keeps it"):

@@ -364,7 +364,7 @@ def decoded(args, folder, items, shape, kind, read):
         with replacing(cache) as file, ThreadPoolExecutor() as pool:
             for i in range(0, len(items), 64):  # a few at a time, so that memory stays flat
                 for pixels in pool.map(read, items[i : i + 64]):
-                    file.write(pixels.numpy())
+                    file.write(pixels.contiguous().numpy())
     if "cuda" in args.device and one * len(items) < torch.cuda.mem_get_info(args.device)[0] // 4:
         pixels = torch.from_file(str(cache), size=one * len(items), dtype=torch.uint8)
         return pixels.view(-1, *shape).to(args.device).__getitem__
@@ -573,6 +573,8 @@ def resume(args, state, count):
     if args.fresh and args.run.exists():
         args.run.rename(next(old for old in olds if not old.exists()))
     path, log, step = args.run / "last.pt", args.run / "log.jsonl", 0
+    for part in args.run.rglob("*.part"):  # of a file that a kill cut off
+        part.unlink()
     if path.exists():
         then = read_checkpoint(path, args.device)
         with blame(f"{path} is damaged: --fresh starts over and keeps it"):

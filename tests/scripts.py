@@ -76,12 +76,22 @@ def pictures(folder):
         Image.fromarray(rng.integers(0, 256, (10, 10, 3), np.uint8)).save(folder / f"{i}.png")
 
 
-def samples(size, *more):
+def labelled_pictures(folder):
+    """Four of them in each of two folders, which are their labels."""
+    pictures(folder / "all")
+    for name in ("cats", "dogs"):
+        (folder / name).mkdir()
+    for i, file in enumerate(sorted((folder / "all").iterdir())):
+        file.rename(folder / ("cats", "dogs")[i % 2] / file.name)
+    (folder / "all").rmdir()
+
+
+def samples(name, size, *more):
     """Five images from noise, for `--sample`."""
 
     def use(folder, run):
         flags = ["--run", run, "--sample", 5, "--to", folder / "out", "--device", "cpu", *more]
-        return flags, folder / "out", {f"{i:05}.png": (size, size) for i in range(5)}
+        return flags, folder / "out", {name.format(i): (size, size) for i in range(5)}
 
     return use
 
@@ -151,7 +161,7 @@ ROWS = [
         tests=0,
         data=pictures,
         resume="--size 8 --ngf 16 --ndf 4 --batch-size 3 --optimiser sgd --precision fp32 --device cpu",
-        use=samples(size=8),
+        use=samples("{:05}.png", 8),
         changes=(
             "--lr 0.01",
             "--batch-size 3",
@@ -181,6 +191,94 @@ ROWS = [
         ),
         steady=False,
         method_lines=175,
+        file_lines=450,
+    ),
+    Row(
+        name="dcgan",
+        tiny="--size 28 --ngf 4 --ndf 4 --batch-size 4 --precision fp32 --device cpu",
+        parts=("G", "D", "opt_G", "opt_D"),
+        inputs={
+            "G": lambda args: (images(2, args.nz),),
+            "D": lambda args: (images(2, args.channels, args.size, args.size),),
+        },
+        batch=lambda args: (images(args.k * args.batch_size, args.channels, args.size, args.size),),
+        tests=0,
+        data=pictures,
+        resume="--size 28 --ngf 4 --ndf 4 --batch-size 3 --precision fp32 --device cpu",
+        use=samples("{:05}.png", 28, "--arithmetic", "0,1 - 2 + 3,4", "--turn", "1,2 - 3"),
+        changes=(
+            "--lr 0.01",
+            "--batch-size 3",
+            "--seed 1",
+            "--epochs 7",
+            "--precision bf16",
+            "--size 32",
+            "--ngf 8",
+            "--ndf 8",
+            "--nz 50",
+            "--k 2",
+            "--kernel 4",
+            "--loss lsgan",
+            "--channels 3",
+        ),
+        bad=(
+            "--size 48",
+            "--kernel 3",
+            "--channels 2",
+            "--loss l1",
+            "--ngf 0",
+            "--ndf 0",
+            "--nz 0",
+            "--k 0",
+            "--sample 0",
+            "--sample many",
+            "--arithmetic one",
+            "--turn 1,2-",
+        ),
+        steady=True,
+        method_lines=150,
+        file_lines=450,
+    ),
+    Row(
+        name="cgan",
+        tiny="--size 8 --ngf 12 --ndf 24 --batch-size 4 --precision fp32 --device cpu",
+        parts=("G", "D", "opt_G", "opt_D"),
+        inputs={
+            "G": lambda args: (images(2, args.nz), torch.tensor([3, 1])),
+            "D": lambda args: (images(2, args.channels, args.size, args.size), torch.tensor([3, 1])),
+        },
+        batch=lambda args: (images(args.batch_size, args.channels, args.size, args.size), torch.tensor([3, 1, 2, 0])),
+        tests=0,
+        data=labelled_pictures,
+        resume="--size 8 --ngf 12 --ndf 24 --batch-size 3 --optimiser sgd --precision fp32 --device cpu",
+        use=samples("{:05}-7.png", 8, "--label", "7"),
+        changes=(
+            "--lr 0.01",
+            "--batch-size 3",
+            "--seed 1",
+            "--epochs 7",
+            "--precision bf16",
+            "--size 9",
+            "--ngf 18",
+            "--ndf 48",
+            "--nz 50",
+            "--optimiser sgd",
+            "--channels 3",
+        ),
+        bad=(
+            "--net conv",  # not at this size
+            "--net mlp2",
+            "--cbn",  # not without --net conv
+            "--channels 2",
+            "--optimiser rmsprop",
+            "--ngf 0",
+            "--ndf 0",
+            "--nz 0",
+            "--sample 0",
+            "--sample many",
+        ),
+        steady=False,
+        method_lines=210,
         file_lines=450,
     ),
 ]
