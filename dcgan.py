@@ -527,8 +527,6 @@ def resume(args, state, count):  # same as pix2pix.py
     if args.fresh and args.run.exists():
         args.run.rename(next(old for old in olds if not old.exists()))
     path, log, step = args.run / "last.pt", args.run / "log.jsonl", 0
-    for part in args.run.rglob("*.part"):  # of a file that a kill cut off
-        part.unlink()
     if path.exists():
         then = read_checkpoint(path, args.device)
         with blame(f"{path} is damaged: --fresh starts over and keeps it"):
@@ -539,6 +537,8 @@ def resume(args, state, count):  # same as pix2pix.py
                 part.load_state_dict(then[name])
                 for group in getattr(part, "param_groups", []):  # whatever device the checkpoint came from
                     group.update({"capturable": "cuda" in args.device} if "capturable" in group else {})
+    for part in args.run.rglob("*.part"):  # of a file that a kill cut off
+        part.unlink()
     with replacing(args.run / "config.json") as file:
         file.write(json.dumps(now | {"torch": torch.__version__}, indent=2).encode())
     rows = log.read_text().splitlines(keepends=True) if log.exists() else []
