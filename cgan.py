@@ -263,7 +263,7 @@ def make_step(args, state):
         opt_G.zero_grad()
         with torch.autocast(x.device.type, torch.bfloat16, args.bf16):
             fake = G(draw_z(args, len(x)), y)
-            on_real, on_fake = D(torch.cat([x, fake]), torch.cat([y, y])).chunk(2)  # one pass serves both losses
+            on_real, on_fake = D(x, y), D(fake, y)  # which serves both losses
         # D: max log D(x|y) + log(1 - D(G(z|y))) (Eq. 2)
         loss_D = (gan_loss(on_real, True) + gan_loss(on_fake, False)) / 2
         loss_D.backward(inputs=list(D.parameters()), retain_graph=True)

@@ -8,7 +8,7 @@ Goodfellow, Pouget-Abadie, Mirza, Xu, Warde-Farley, Ozair, Courville, Bengio: Ge
 arXiv:1406.2661. G maps noise z to an image G(z); D tells images x of the data from G(z):
     min_G max_D  E[log D(x)] + E[log(1 - D(G(z)))]                                                (Eq. 1)
 Networks, dropout, noise and SGD, which the paper leaves out, are those of the authors' code. As there, one pass of D
-over x and G(z) serves both losses, with one dropout mask, and both networks move together.
+over G(z) serves both losses, with one dropout mask, and both networks move together.
 
     python gan.py                                     # train on toy digits, drawn here, in minutes on a CPU
     python gan.py --data mnist                        # download, train; stop it and repeat this: it goes on
@@ -214,7 +214,7 @@ def make_step(args, state):
             opt_D.zero_grad()
             with torch.autocast(x.device.type, torch.bfloat16, args.bf16):
                 fake = G(draw_z(args, len(real)))
-                on_real, on_fake = D(torch.cat([real, fake])).chunk(2)
+                on_real, on_fake = D(real), D(fake)
             # D: max log D(x) + log(1 - D(G(z))), halved as in the authors' code
             loss_D = (gan_loss(on_real, True) + gan_loss(on_fake, False)) / 2
             loss_D.backward(inputs=list(D.parameters()), retain_graph=i == args.k)
