@@ -59,6 +59,15 @@ def pairs(folder):
         Image.fromarray(rng.integers(0, 256, (40, 80, 3), np.uint8)).save(folder / f"{i}.png")
 
 
+def unpaired(folder):
+    """Eight images of each of two kinds, 40x40 pixels."""
+    rng = np.random.default_rng(0)
+    for side in ("trainA", "trainB"):
+        (folder / side).mkdir(parents=True)
+        for i in range(8):
+            Image.fromarray(rng.integers(0, 256, (40, 40, 3), np.uint8)).save(folder / side / f"{i}.png")
+
+
 def photos_to_translate(folder, run):
     """Two images of unlike sizes and kinds, one of them in a folder below, for `--translate`."""
     (folder / "photos" / "more").mkdir(parents=True)
@@ -148,6 +157,61 @@ ROWS = [
         steady=False,
         method_lines=144,
         file_lines=500,
+    ),
+    Row(
+        name="cyclegan",
+        tiny="--size 32 --load-size 32 --ngf 4 --ndf 4 --n-layers 1 --blocks 1 --batch-size 2 --pool 3 --precision fp32"
+        " --device cpu",
+        parts=("G", "F", "D_X", "D_Y", "pool_X", "pool_Y", "opt_G", "opt_D"),
+        inputs={name: lambda args: (images(2, 3, args.size, args.size),) for name in ("G", "F", "D_X", "D_Y")},
+        batch=lambda args: images(2, args.batch_size, 3, args.size, args.size).unbind(),
+        tests=200,
+        data=unpaired,
+        resume="--size 32 --load-size 36 --ngf 4 --ndf 4 --n-layers 1 --blocks 1 --batch-size 3 --pool 3"
+        " --decay-epochs 2 --precision fp32 --device cpu",
+        use=photos_to_translate,
+        changes=(
+            "--lr 0.001",
+            "--batch-size 3",
+            "--seed 1",
+            "--epochs 13",
+            "--decay-epochs 2",
+            "--load-size 36",
+            "--precision bf16",
+            "--net unet",
+            "--blocks 2",
+            "--ngf 8",
+            "--ndf 8",
+            "--n-layers 2",
+            "--loss log",
+            "--terms cycle",
+            "--lambda-x 1",
+            "--lambda-y 1",
+            "--lambda-identity 0",
+            "--pool 0",
+            "--no-mirror",
+        ),
+        bad=(
+            "--size 34",
+            "--size 64",  # above --load-size
+            "--load-size 16",
+            "--size 28 --net unet",
+            "--n-layers 5",
+            "--n-layers -1",
+            "--ngf 0",
+            "--blocks 0",
+            "--lambda-x nan",
+            "--lambda-identity -1",
+            "--pool -1",
+            "--decay-epochs -1",
+            "--loss l2",
+            "--terms identity",
+            "--net vgg",
+            "--direction AtoC",
+        ),
+        steady=False,
+        method_lines=220,
+        file_lines=550,
     ),
     Row(
         name="gan",
