@@ -561,8 +561,8 @@ def report(args, step, goal, epoch, losses, last, must):  # same as pix2pix.py
     rate = (step - last[1]) * args.batch_size / (now - last[0])
     with blame(f"{args.run}/log.jsonl cannot be written"), open(args.run / "log.jsonl", "a") as log:
         log.write(json.dumps({"step": step, "epoch": epoch, **losses, "images_per_s": rate}) + "\n")
-    text = f"{step}/{goal} " + "".join(f"{name} {loss:.3g} " for name, loss in losses.items())
-    text += f"{rate:.3g} images/s {timedelta(seconds=(goal - step) * args.batch_size // rate)} left"
+    left = timedelta(seconds=(goal - step) * args.batch_size // rate)
+    text = f"{step}/{goal} {rate:.3g} images/s {left} left " + " ".join(f"{n} {x:.3g}" for n, x in losses.items())
     print(f"\r{text:<79.79}" if terminal else text, end="\n" if step == goal or not terminal else "", flush=True)
     return now, step
 

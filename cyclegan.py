@@ -263,12 +263,12 @@ def make_step(args, state):
             out = G(torch.cat([x, y]) if lambda_same else x)  # in one pass: instance norm keeps images apart
             fake, same = out.float().tensor_split([len(x)])
             if use_gan:  # min (D_Y(G(x)) - 1)^2
-                losses["gan"] = gan_loss(args, D_Y(fake), True)
+                losses["loss_gan"] = gan_loss(args, D_Y(fake), True)
             if lambda_x:  # min |F(G(x)) - x| (Eq. 2)
-                losses["cycle"] = (F(fake).float() - x).abs().mean()
+                losses["loss_cycle"] = (F(fake).float() - x).abs().mean()
             if lambda_same:  # min |G(y) - y| (Sec. 5.2)
-                losses["same"] = (same - y).abs().mean()
-        weighted = zip((1.0, lambda_x, lambda_same), map(losses.get, ("gan", "cycle", "same")))
+                losses["loss_same"] = (same - y).abs().mean()
+        weighted = zip((1.0, lambda_x, lambda_same), map(losses.get, ("loss_gan", "loss_cycle", "loss_same")))
         total = sum(weight * loss for weight, loss in weighted if loss is not None)
         if losses:
             total.backward(inputs=weights_G)
@@ -667,8 +667,8 @@ def report(args, step, goal, epoch, losses, last, must):  # same as pix2pix.py
     rate = (step - last[1]) * args.batch_size / (now - last[0])
     with blame(f"{args.run}/log.jsonl cannot be written"), open(args.run / "log.jsonl", "a") as log:
         log.write(json.dumps({"step": step, "epoch": epoch, **losses, "images_per_s": rate}) + "\n")
-    text = f"{step}/{goal} " + "".join(f"{name} {loss:.3g} " for name, loss in losses.items())
-    text += f"{rate:.3g} images/s {timedelta(seconds=(goal - step) * args.batch_size // rate)} left"
+    left = timedelta(seconds=(goal - step) * args.batch_size // rate)
+    text = f"{step}/{goal} {rate:.3g} images/s {left} left " + " ".join(f"{n} {x:.3g}" for n, x in losses.items())
     print(f"\r{text:<79.79}" if terminal else text, end="\n" if step == goal or not terminal else "", flush=True)
     return now, step
 
