@@ -47,6 +47,13 @@ def read_digits(args, split):
     return data.data[part, None], data.targets[part]
 
 
+def save_png(path, image):
+    """Write a Pillow image, whole or not at all, and say where it is."""
+    with gan.replacing(path) as file:
+        image.save(file, "PNG", optimize=True)
+    print(f"painted {path}")
+
+
 def write(args, row):
     """Print a result in one line, and write it to --out, whole or not at all."""
     print(

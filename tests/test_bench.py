@@ -10,7 +10,7 @@ from PIL import Image
 from torch import nn
 
 import gan
-from bench import digits, parzen
+from bench import digits, figures_gan, parzen
 from bench.__main__ import main
 
 
@@ -118,3 +118,38 @@ def test_bad_arguments(flags, named, tmp_path, capsys):
         main(flags.split())
     said = capsys.readouterr().err
     assert end.value.code == 2 and len(said.splitlines()) == 1 and named in said
+
+
+def test_density_is_one():
+    """The curve of G's density holds the mass of all points, and its mean is theirs."""
+    grid = torch.linspace(0, 1, 2001)
+    curve = figures_gan.density(torch.tensor([0.3, 0.5, 0.5]), grid)
+    assert torch.trapezoid(curve, grid).item() == pytest.approx(1, abs=1e-4)
+    assert torch.trapezoid(curve * grid, grid).item() == pytest.approx(1.3 / 3, abs=1e-4)
+
+
+def test_distance_of_shifted_data():
+    """What is the data, shifted, is as far from them as it was moved."""
+    levels = (torch.arange(1000) + 0.5) / 1000
+    data = torch.distributions.Normal(figures_gan.MEAN, figures_gan.WIDTH).icdf(levels)
+    assert figures_gan.distance(data[torch.randperm(1000)]) == pytest.approx(0, abs=1e-6)
+    assert figures_gan.distance(data + 0.07) == pytest.approx(0.07, abs=1e-6)
+
+
+def test_figure_of_gan(tmp_path, monkeypatch):
+    """Each moment trains what it names, and the picture has a panel for each."""
+    monkeypatch.setattr(figures_gan, "MOMENTS", {"(a)": (2, 0, 1e-3), "(b)": (2, 1e-3, 0)})
+    seen = []
+    look = figures_gan.look
+    monkeypatch.setattr(figures_gan, "look", lambda *given: seen.append(look(*given)) or seen[-1])
+    main(["figures", "gan", "--to", str(tmp_path)])
+    assert Image.open(tmp_path / "gan-1d.png").size == (500, 270)
+    (before, _, _, D), (after, _, _, later) = seen
+    assert not torch.equal(before, after) and torch.equal(D, later)
+
+
+@pytest.mark.parametrize("flags", ["", "figures", "figures pix2pix", "figures gan --seed -1", "figures gan --nonsense"])
+def test_bad_commands(flags, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(flags.split())
+    assert end.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1
