@@ -33,6 +33,7 @@ class Row:
     steady: bool  # whether the rate stays what it is
     method_lines: int
     file_lines: int
+    epochs: int = 3  # that make three passes over the data, in all
 
     @property
     def file(self):
@@ -93,6 +94,16 @@ def labelled_pictures(folder):
     for i, file in enumerate(sorted((folder / "all").iterdir())):
         file.rename(folder / ("cats", "dogs")[i % 2] / file.name)
     (folder / "all").rmdir()
+
+
+def captioned(folder):
+    """Eight images of 20x20 pixels, four in each of two folders, with two captions each."""
+    rng = np.random.default_rng(0)
+    for i in range(8):
+        file = folder / ("cats", "dogs")[i % 2] / f"{i}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (20, 20, 3), np.uint8)).save(file)
+        file.with_suffix(".txt").write_text(f"a picture with number {i}\nnumber {i} again\n")
 
 
 def samples(name, size, *more):
@@ -344,6 +355,70 @@ ROWS = [
         steady=False,
         method_lines=210,
         file_lines=450,
+    ),
+    Row(
+        name="text2img",
+        tiny="--size 16 --load-size 19 --ngf 4 --ndf 4 --nef 8 --nif 8 --text 8 --nt 4 --nz 4 --average 1 --wrong 1"
+        " --batch-size 4 --text-epochs 0 --precision fp32 --device cpu",
+        parts=("E", "V", "G", "D", "S", "opt_E", "opt_G", "opt_D", "opt_S"),
+        inputs={
+            "G": lambda args: (images(2, args.nz), images(2, args.text)),
+            "D": lambda args: (images(2, 3, args.size, args.size), images(2, args.text)),
+        },
+        batch=lambda args: (images(args.batch_size, 3, args.size, args.size), *images(2, args.batch_size, args.text)),
+        tests=0,
+        data=captioned,
+        resume="--size 16 --load-size 19 --ngf 4 --ndf 4 --nef 8 --nif 8 --text 8 --nt 4 --nz 4 --batch-size 3"
+        " --text-epochs 1 --style-epochs 1 --text-lr 1e-4 --precision fp32 --device cpu",
+        use=samples("{:05}.png", 16, "--prompt", "a red circle"),
+        changes=(
+            "--lr 0.01",
+            "--batch-size 3",
+            "--seed 1",
+            "--epochs 7",
+            "--precision bf16",
+            "--size 32",
+            "--load-size 20",
+            "--ngf 8",
+            "--ndf 8",
+            "--nef 16",
+            "--nif 16",
+            "--text 16",
+            "--nt 8",
+            "--nz 5",
+            "--no-cls",
+            "--no-int",
+            "--no-residual",
+            "--wrong 2",
+            "--average 2",
+            "--text-epochs 1",
+            "--style-epochs 3",
+            "--text-lr 0.01",
+            "--halve-every 3",
+        ),
+        bad=(
+            "--size 48",
+            "--load-size 8",
+            "--ngf 0",
+            "--ndf 0",
+            "--nef 0",
+            "--nif 0",
+            "--text 0",
+            "--nt 0",
+            "--nz 0",
+            "--wrong 0",
+            "--average 0",
+            "--halve-every 0",
+            "--text-lr -1",
+            "--embeddings missing.npy",
+            "--sample 5",  # without --prompt
+            "--sample 0 --prompt bird",
+            "--sample many --prompt bird",
+        ),
+        steady=True,
+        method_lines=270,
+        file_lines=550,
+        epochs=1,
     ),
 ]
 

@@ -14,7 +14,6 @@ import torch
 from scripts import read_checkpoint, read_log, run_main, snapshot
 
 STEPS = 8  # of three passes over eight items, in threes
-EPOCHS = ["--epochs", 3]
 ENDLESS = ["--epochs", 1_000_000]
 
 
@@ -36,7 +35,7 @@ def flags(row, data):
 def whole(row, flags, tmp_path_factory):
     """A run that was not stopped, with a row in the log for every update."""
     run = tmp_path_factory.mktemp("whole") / "run"
-    assert run_main(row, *flags, *EPOCHS, "--run", run, "--save-every", 1) == 0
+    assert run_main(row, *flags, "--epochs", row.epochs, "--run", run, "--save-every", 1) == 0
     assert [row["step"] for row in read_log(run)] == [*range(1, STEPS + 1)]
     return run
 
@@ -84,7 +83,7 @@ def test_whole_run(row, flags, whole, tmp_path):
     epochs = [entry["epoch"] for entry in read_log(whole)]
     assert epochs == sorted(epochs) and {*epochs} == {1, 2, 3}
     run = tmp_path / "run"
-    assert run_main(row, *flags, *EPOCHS, "--run", run, "--save-every", 1000) == 0
+    assert run_main(row, *flags, "--epochs", row.epochs, "--run", run, "--save-every", 1000) == 0
     assert_same_run(run, whole)
     given = row.module.get_args([*map(str, flags)]).lr
     groups = [group for name in row.parts if name[:4] == "opt_" for group in read_checkpoint(run)[name]["param_groups"]]
@@ -98,57 +97,62 @@ def test_stopped_by_max_steps(row, flags, whole, tmp_path, stops):
     run = tmp_path / "run"
     for stop in stops:
         torch.rand(stop), np.random.rand(stop)  # no random state of the process has a say in it
-        assert run_main(row, *flags, *EPOCHS, "--run", run, "--max-steps", stop) == 0
+        assert run_main(row, *flags, "--epochs", row.epochs, "--run", run, "--max-steps", stop) == 0
         assert read_checkpoint(run)["step"] == stop
-    assert run_main(row, *flags, *EPOCHS, "--run", run) == 0
+    assert run_main(row, *flags, "--epochs", row.epochs, "--run", run) == 0
     assert_same_run(run, whole)
 
 
 def test_stopped_between_checkpoints(row, flags, whole, tmp_path):
     """What a run that was killed left after its last checkpoint is done and logged again."""
     run = tmp_path / "run"
-    assert run_main(row, *flags, *EPOCHS, "--run", run, "--max-steps", 4) == 0
+    assert run_main(row, *flags, "--epochs", row.epochs, "--run", run, "--max-steps", 4) == 0
     with open(run / "log.jsonl", "a") as log:
         log.write('{"step": 5, "epoch": 9, "images_per_s": 1.0}\n{"step": 6, "epo')
     (run / "last.pt.part").write_bytes(b"a checkpoint that was not finished")
     (run / "config.json.part").write_bytes(b"{")
-    assert run_main(row, *flags, *EPOCHS, "--run", run, "--save-every", 1) == 0
+    assert run_main(row, *flags, "--epochs", row.epochs, "--run", run, "--save-every", 1) == 0
     assert_same_run(run, whole)
-    assert [entry["step"] for entry in read_log(run)] == [1, 4, 5, 6, 7, 8]
+    steps = [entry["step"] for entry in read_log(run)]
+    assert steps[0] == 1 and steps[-5:] == [4, 5, 6, 7, 8]
 
 
 def test_stopped_before_the_first_checkpoint(row, flags, whole, tmp_path):
     """A run folder without a checkpoint is one to begin in."""
     run = shutil.copytree(whole, tmp_path / "run")
     (run / "last.pt").unlink()
-    assert run_main(row, *flags, *EPOCHS, "--run", run) == 0
+    assert run_main(row, *flags, "--epochs", row.epochs, "--run", run) == 0
     assert_same_run(run, whole)
 
 
 def test_moved(row, flags, whole, tmp_path):
     """A run goes on in another folder than it began in."""
-    assert run_main(row, *flags, *EPOCHS, "--run", tmp_path / "old", "--max-steps", 4) == 0
+    assert run_main(row, *flags, "--epochs", row.epochs, "--run", tmp_path / "old", "--max-steps", 4) == 0
     (tmp_path / "old").rename(tmp_path / "new")
-    assert run_main(row, *flags, *EPOCHS, "--run", tmp_path / "new") == 0
+    assert run_main(row, *flags, "--epochs", row.epochs, "--run", tmp_path / "new") == 0
     assert_same_run(tmp_path / "new", whole)
 
 
 def disturb(monkeypatch, row, number, disturbance):
-    """Let something happen in the step of that number, counted from the start of the process."""
-    make_step = row.module.make_step
+    """Let something happen in the step of that number, of whatever kind, counted from the start of the process."""
+    calls = []
 
-    def make_disturbed_step(args, state):
-        step, calls = make_step(args, state), []
+    def disturbed(make_step):
+        def make_disturbed_step(args, state):
+            step = make_step(args, state)
 
-        def disturbed_step(*batch):
-            calls.append(batch)
-            if len(calls) == number:
-                disturbance()
-            return step(*batch)
+            def disturbed_step(*batch):
+                calls.append(batch)
+                if len(calls) == number:
+                    disturbance()
+                return step(*batch)
 
-        return disturbed_step
+            return disturbed_step
 
-    monkeypatch.setattr(row.module, "make_step", make_disturbed_step)
+        return make_disturbed_step
+
+    for name in [name for name in vars(row.module) if name.startswith("make_") and name.endswith("step")]:
+        monkeypatch.setattr(row.module, name, disturbed(getattr(row.module, name)))
 
 
 def test_failed_in_a_step(row, flags, whole, tmp_path, monkeypatch):
@@ -160,9 +164,9 @@ def test_failed_in_a_step(row, flags, whole, tmp_path, monkeypatch):
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
         disturb(patch, row, 6, fail)
-        assert run_main(row, *flags, *EPOCHS, "--run", run, "--save-every", 2) == 2
+        assert run_main(row, *flags, "--epochs", row.epochs, "--run", run, "--save-every", 2) == 2
     assert read_checkpoint(run)["step"] == 4
-    assert run_main(row, *flags, *EPOCHS, "--run", run) == 0
+    assert run_main(row, *flags, "--epochs", row.epochs, "--run", run) == 0
     assert_same_run(run, whole)
 
 
@@ -173,9 +177,9 @@ def test_signal_in_a_step(row, flags, whole, tmp_path, monkeypatch, number, kind
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
         disturb(patch, row, number, lambda: signal.raise_signal(kind))
-        assert run_main(row, *flags, *EPOCHS, "--run", run) == status
+        assert run_main(row, *flags, "--epochs", row.epochs, "--run", run) == status
     assert number <= read_checkpoint(run)["step"] <= number + 1
-    assert run_main(row, *flags, *EPOCHS, "--run", run) == 0
+    assert run_main(row, *flags, "--epochs", row.epochs, "--run", run) == 0
     assert_same_run(run, whole)
 
 
@@ -193,11 +197,11 @@ def test_signal_at_a_file(row, flags, whole, tmp_path, monkeypatch):
 
         with monkeypatch.context() as patch:
             patch.setattr(os, "replace", disturbed_replace)
-            status = run_main(row, *flags, *EPOCHS, "--run", run, "--save-every", 4)
+            status = run_main(row, *flags, "--epochs", row.epochs, "--run", run, "--save-every", 4)
         if len(names) < number:
             break  # that were all files
         statuses[number, names[number - 1]] = status
-        assert run_main(row, *flags, *EPOCHS, "--run", run) == 0
+        assert run_main(row, *flags, "--epochs", row.epochs, "--run", run) == 0
         assert_same_run(run, whole)
     assert statuses and {*statuses.values()} == {143}, statuses
 
