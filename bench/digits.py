@@ -1,9 +1,12 @@
 """Which digits a folder of samples shows, judged by a small convolutional classifier that is trained here once."""
 
+from pathlib import Path
+
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+import gan
 from bench.common import read_digits, read_samples, write
 
 
@@ -49,20 +52,38 @@ def classifier(args):
     net = train_classifier(*read_digits(args, "train"))
     images, labels = read_digits(args, "test")
     accuracy = classify(net, images).eq(labels).float().mean().item()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save({"net": net.state_dict(), "accuracy": accuracy}, path)
+    with gan.replacing(path) as file:
+        torch.save({"net": net.state_dict(), "accuracy": accuracy}, file)
     return net, accuracy
 
 
-def run(args):
-    """Print the share of each digit among --samples and, of names that end in -LABEL, how often it is the one asked."""
+def options(parser):
+    """What the measures of digits take."""
+    parser.add_argument("--samples", type=Path, required=True, help="folder of PNGs")
+    parser.add_argument("--data", choices=("toy", "mnist"), default="toy", help="what they should look like")
+    parser.add_argument("--data-root", type=Path, default=Path("data"), help="where MNIST lies, or goes to")
+    parser.add_argument("--cache", type=Path, default=Path("data"), help="where the trained classifier is kept")
+    parser.add_argument("--out", type=Path, help="JSON file for the result")
+
+
+def measure(args):
+    """The row of --samples: the share of each digit and, of names that end in -LABEL, how often it is the one asked.
+
+    `uneven` is half the sum of what the shares of the ten digits are away from a tenth: 0 for equal shares, .9 for one.
+    """
     images, names = read_samples(args.samples)
     net, accuracy = classifier(args)
     seen = classify(net, images)
     share = (torch.bincount(seen, minlength=10) / len(seen)).tolist()
     row = {"measure": "digits", "data": args.data, "n_samples": len(seen), "classifier_accuracy": accuracy}
     row |= {"share": [round(value, 4) for value in share], "missing": [i for i in range(10) if not share[i]]}
+    row["uneven"] = sum(abs(value - 0.1) for value in share) / 2
     if all(name.rpartition("-")[2].isdigit() and "-" in name for name in names):
         asked = torch.tensor([int(name.rpartition("-")[2]) for name in names])
         row["as_asked"] = seen.eq(asked).float().mean().item()
-    write(args, row)
+    return row
+
+
+def run(args):
+    """Print which digits --samples show."""
+    write(args, measure(args))

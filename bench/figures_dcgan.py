@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -189,13 +190,17 @@ def paint_forgotten(path, args, G, boxes, seed):
     marks = torch.stack([inside(some, args.size, maps.shape[3]) for some in found])
     if not marks.any():
         every = args.size // maps.shape[3]
-        sys.exit(f"bench: no box holds the middle of a feature: there is one every {every} pixels, from {every // 2} on")
+        sys.exit(
+            f"bench: no box holds the middle of a feature: there is one every {every} pixels, from {every // 2} on"
+        )
     dropped = find_maps(maps, marks, seed)
     before, after = redrawn(G, z, dropped)
     pixels = torch.stack([inside(some, args.size, args.size) for some in found])
     change = (after.float() - before).abs().mean(1)
     count = f"{int(dropped.sum())} of {len(dropped)} maps"
-    print(f"without {count} pixels change by {change[pixels].mean():.1f} of 255 in the boxes, {change[~pixels].mean():.1f} beside")
+    print(
+        f"without {count} pixels change by {change[pixels].mean():.1f} of 255 in the boxes, {change[~pixels].mean():.1f} beside"
+    )
     shown = [i for i, some in enumerate(found) if some][:10]
     old = torch.cat([outlined(before[shown], [found[i] for i in shown]), outlined(after[shown], [[]] * 10)])
     new = torch.cat([outlined(images, [[]] * 10) for images in redrawn(G, dcgan.codes(args, [seed, 3], 10), dropped)])
@@ -239,6 +244,17 @@ def probe(args, nets, x, labels, few=100, repeats=10):
     write(args, row)
 
 
+def options(parser):
+    """What it takes."""
+    parser.add_argument("--run", dest="folder", type=Path, required=True, help="run folder of dcgan.py")
+    parser.add_argument("--data", choices=("toy", "mnist"), help="labelled digits (those of the run)")
+    parser.add_argument("--data-root", type=Path, default=Path("data"), help="where MNIST lies, or goes to")
+    parser.add_argument("--boxes", type=Path, help="JSON file of boxes on samples, by number, whose content to forget")
+    parser.add_argument("--seed", type=int, default=0, help="of the samples, as in dcgan.py")
+    parser.add_argument("--to", type=Path, default=Path("runs", "figures"), help="folder for the PNGs")
+    parser.add_argument("--out", type=Path, help="JSON file for the result")
+
+
 def run(args):
     """Paint --to/dcgan-guided.png and -forget.png, or -numbered.png to draw boxes on; print the probe of D."""
     settings, G, D, random = load(args.folder, args.seed)
@@ -252,7 +268,9 @@ def run(args):
         sys.exit(f"bench: {args.folder} learned from {args.data}, which has no labels here: give --data toy or mnist")
     if (settings.channels, settings.size) != (1, 28):
         shape = f"{settings.size}x{settings.size} pixels and {settings.channels} channels"
-        sys.exit(f"bench: {args.folder} is of {shape}: the digits for guided back-propagation and probe have 28x28 and 1")
+        sys.exit(
+            f"bench: {args.folder} is of {shape}: the digits for guided back-propagation and probe have 28x28 and 1"
+        )
     digits = {split: read_digits(args, split) for split in ("train", "valid", "test")}
     x = {split: images / 127.5 - 1 for split, (images, _) in digits.items()}
     random = average(random, x["train"])

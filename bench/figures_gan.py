@@ -6,6 +6,7 @@ p_data / (p_data + p_g); (c) G has followed its slope; (d) both have learned unt
 """
 
 import math
+from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -101,6 +102,12 @@ def panel(caption, x, data, ours, D, wide=250, high=270):
             pen.line([end, floor, end - 7 * SCALE * math.cos(side), floor - 7 * SCALE * math.sin(side)], "black", SCALE)
     pen.text((left, 6 * SCALE), caption, "black", font)
     return image.resize((wide, high), Image.Resampling.LANCZOS)
+
+
+def options(parser):
+    """What it takes."""
+    parser.add_argument("--seed", type=int, default=0, help="of training")
+    parser.add_argument("--to", type=Path, default=Path("runs", "figures"), help="folder for the PNG")
 
 
 def run(args):

@@ -62,7 +62,10 @@ def probe(features, labels, chosen):
     targets = 2.0 * F.one_hot(labels["train"]) - 1
     models = {cost: [fit(x["train"][some], targets[some], squared_hinge, cost) for some in chosen] for cost in COSTS}
     scores = {
-        split: {cost: torch.tensor([accuracy(model, x[split], labels[split]) for model in found]) for cost, found in models.items()}
+        split: {
+            cost: torch.tensor([accuracy(model, x[split], labels[split]) for model in found])
+            for cost, found in models.items()
+        }
         for split in ("valid", "test")
     }
     cost = max(COSTS, key=lambda cost: scores["valid"][cost].mean())

@@ -49,7 +49,7 @@ def test_widths():
 def test_width_is_chosen_on_validation_images():
     """The width is the best for the validation images, whatever the test images like; the error is std / sqrt N."""
     samples, valid, test = (gan.digits(count, seed)[0] for count, seed in ((200, 0), (60, 1), (50, 2)))
-    sigma, mean, error = parzen.measure(samples, valid, test)
+    sigma, mean, error = parzen.fit(samples, valid, test)
     flat = [images.flatten(1).double() / 255 for images in (samples, valid, test)]
     scores = {width: parzen.log_likelihood(flat[1], flat[0], width).mean().item() for width in parzen.WIDTHS}
     found = parzen.log_likelihood(flat[2], flat[0], sigma)
@@ -148,7 +148,7 @@ def test_figure_of_gan(tmp_path, monkeypatch):
     assert not torch.equal(before, after) and torch.equal(D, later)
 
 
-@pytest.mark.parametrize("flags", ["", "figures", "figures pix2pix", "figures gan --seed -1", "figures gan --nonsense"])
+@pytest.mark.parametrize("flags", ["figures", "figures pix2pix", "figures gan --seed -1", "figures gan --nonsense"])
 def test_bad_commands(flags, capsys):
     with pytest.raises(SystemExit) as end:
         main(flags.split())
