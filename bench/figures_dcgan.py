@@ -1,4 +1,4 @@
-"""What a trained dcgan.py has learned, as Radford et al. (2016) show it: guided back-propagation, forgetting, a probe."""
+"""What a trained dcgan.py has learned, after Radford et al. (2016): guided back-propagation, forgetting, a probe."""
 
 import argparse
 import json
@@ -50,7 +50,8 @@ def hidden(D, x, guided=False):
     found = []
     for layer in D.layers[:-1]:
         if guided and isinstance(layer, nn.LeakyReLU):
-            x.register_hook(lambda slope, on=x.detach() > 0: slope * on)
+            on = x.detach() > 0
+            x.register_hook(lambda slope, on=on: slope * on)
         x = layer(x)
         if isinstance(layer, nn.LeakyReLU):
             found.append(x)
@@ -143,7 +144,7 @@ def read_boxes(path, size):
 
 
 def inside(boxes, size, side):
-    """Which of side x side features, or pixels, have their middle in a box of an image of `size`. -> bool (side, side)."""
+    """Which of side x side features, or pixels, have their middle in a box on an image of `size`. -> (side, side)."""
     middle, found = (torch.arange(side) + 0.5) * size / side, torch.zeros(side, side, dtype=torch.bool)
     for left, top, right, bottom in boxes:
         found |= ((top < middle) & (middle < bottom))[:, None] & (left < middle) & (middle < right)
@@ -164,7 +165,7 @@ def find_maps(maps, marks, seed=0):
 
 
 def outlined(images, boxes):
-    """uint8 images (N, C, S, S), four times as large, with their boxes in red. -> RGB (N, 3, 4 * S, 4 * S) in [0, 1]."""
+    """uint8 images (N, C, S, S), four times as large, with their boxes in red. -> (N, 3, 4 * S, 4 * S) in [0, 1]."""
     cells = []
     for image, found in zip(images.repeat_interleave(4, 2).repeat_interleave(4, 3), boxes):
         cell = to_pil_image(image).convert("RGB")
@@ -199,7 +200,8 @@ def paint_forgotten(path, args, G, boxes, seed):
     change = (after.float() - before).abs().mean(1)
     count = f"{int(dropped.sum())} of {len(dropped)} maps"
     print(
-        f"without {count} pixels change by {change[pixels].mean():.1f} of 255 in the boxes, {change[~pixels].mean():.1f} beside"
+        f"without {count} pixels change by {change[pixels].mean():.1f} of 255 in the boxes, "
+        f"{change[~pixels].mean():.1f} beside"
     )
     shown = [i for i, some in enumerate(found) if some][:10]
     old = torch.cat([outlined(before[shown], [found[i] for i in shown]), outlined(after[shown], [[]] * 10)])
@@ -215,7 +217,7 @@ def paint_numbered(path, args, G, seed):
     dcgan.paint(path, dcgan.numbered(images.repeat_interleave(times, 2).repeat_interleave(times, 3)))
     print(
         f"painted {path}: to forget what boxes hold, write JSON like "
-        f'{{"3": [[left, top, right, bottom], ...], ...}} for samples by number, in pixels of their {args.size}x{args.size} '
+        f'{{"3": [[left, top, right, bottom], ...], ...}} for samples by number, in pixels of {args.size}x{args.size} '
         f"(the sheet has each {times} times as large), and give it as --boxes"
     )
 
@@ -231,7 +233,7 @@ def pooled(D, x):
 
 
 def probe(args, nets, x, labels, few=100, repeats=10):
-    """Write the accuracy of linear SVMs on features of `nets` and on pixels, with all labels and `few` of each class."""
+    """Write the accuracy of linear SVMs on features of `nets` and on pixels, with all labels and `few` a class."""
     row = {"measure": "probe", "run": args.folder.name, "data": args.data, "few_per_class": few, "repeats": repeats}
     row |= {f"n_{split}": len(found) for split, found in labels.items()}
     kinds = {name: lambda images, D=D: pooled(D, images) for name, D in nets.items()}

@@ -237,7 +237,7 @@ def options(parser):
     add("--cache", type=Path, default=Path("data"), help="where trained judges are kept")
     add("--device", help="cpu, cuda, ... (the accelerator, if there is one)")
     add("--jobs", type=int, help="runs at a time (one for each --threads cores of a CPU; 1 on an accelerator)")
-    add("--threads", type=int, default=1, help="of each; two small networks of one are faster than one of two")
+    add("--threads", type=int, default=1, help="of each run")
 
 
 def settle(args):
