@@ -388,7 +388,6 @@ ROWS = [
             "--nz 5",
             "--no-cls",
             "--no-int",
-            "--no-residual",
             "--wrong 2",
             "--average 2",
             "--text-epochs 1",
