@@ -7,7 +7,7 @@
 Reed, Akata, Yan, Logeswaran, Schiele, Lee: Generative Adversarial Text to Image Synthesis. ICML 2016, arXiv:1605.05396.
 A sentence becomes a code t. D also learns what does not match: real images with the code t' of another class,
     max_D  log D(x, t) + (log(1 - D(x, t')) + log(1 - D(G(z, t), t))) / 2                              (Alg. 1: CLS)
-    max_G  log D(G(z, t), t), where a third of the codes lie midway between two sentences              (Eq. 5: INT)
+    max_G  log D(G(z, t), t), where a third of the codes lie midway between two sentences            (Sec. 4.3: INT)
 The codes come first: a recurrent net over characters learns with a net over images which of them belong together (Reed,
 Akata, Lee, Schiele, CVPR 2016, arXiv:1605.05395). Last comes S, which finds the z of an image. The authors' code alone
 has residual branches (--no-residual leaves them out), no ReLU after D's third convolution, and batch norm on D's text.
@@ -246,7 +246,7 @@ def gan_loss(logits, real):  # same as gan.py
 def sje_loss(images, texts, kinds):
     """The symmetric structured joint embedding loss of pairs of codes (B, text) of classes (B,) -> 0-d.
 
-    max(0, s_ij - s_ii + 1) for i and j of unlike classes, s = image . text, both ways, over B (CVPR 2016, Sec. 3).
+    max(0, s_ij - s_ii + 1) for i and j of unlike classes, s = image . text, both ways, over B (CVPR 2016).
     """
     scores = images.float() @ texts.float().T
     own, other = scores.diagonal(), kinds[:, None] != kinds
@@ -301,7 +301,7 @@ def make_step(args, state):
 
     def step(x, t, wrong):
         wrong = t[:0] if args.no_cls else wrong
-        between = (t[: len(t) // 2] + t[len(t) - len(t) // 2 :]) / 2  # of two sentences each (Eq. 5, beta = .5)
+        between = (t[: len(t) // 2] + t[len(t) - len(t) // 2 :]) / 2  # of two sentences each (Sec. 4.3, beta = .5)
         asked = t if args.no_int else torch.cat([t, between])
         opt_D.zero_grad()
         opt_G.zero_grad()
@@ -328,7 +328,7 @@ def make_step(args, state):
 
 
 def make_style_step(args, state):
-    """Returns `step(t)`: one update of S on images that G draws for codes (B, text), min |z - S(G(z, t))|^2 (Eq. 6)."""
+    """Returns `step(t)`: one update of S on images that G draws for codes (B, text), min |z - S(G(z, t))|^2."""
     G, S, opt_S = state["G"], state["S"], state["opt_S"]
 
     def step(t):
@@ -708,7 +708,7 @@ def paint_sentences(path, args, state, data, columns=8):
 
 
 def paint_figures(args, state, data):
-    """RUN/sentences.png, between-sentences.png, between-z.png, and styles.png (Fig. 8 and 6)."""
+    """RUN/sentences.png, between-sentences.png, between-z.png, and styles.png (Fig. 8, and style transfer)."""
     paint_sentences(args.run / "sentences.png", args, state, data)
     paint_between(args, state, data.asked, args.run)
     if args.style_epochs:
