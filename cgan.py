@@ -22,6 +22,7 @@ import json
 import math
 import os
 import signal
+import sqlite3
 import sys
 import time
 import warnings
@@ -46,7 +47,8 @@ SETS = {  # the named sets, and what each changes
     "cifar10": dict(net="conv", optimiser="adam", channels=3, size=32),
 }
 NETS = {"mlp": (1200, 240, 1e-3), "conv": (64, 64, 2e-4)}  # ngf, ndf, rate of Adam
-FREE = "settings data_root run max_steps save_every fresh device bf16 sample label to"  # may change in a run
+ADVICE = "lower --lr, or use --precision fp32"  # against what is not finite
+FREE = "settings data_root run max_steps save_every skip_bad fresh device bf16 sample label to"  # may change
 
 
 def get_args(argv=None):
@@ -70,6 +72,7 @@ def get_args(argv=None):
     add("--run", type=Path, help="run folder (runs/cgan-DATA)")
     add("--max-steps", type=int, help="stop after so many updates")
     add("--save-every", type=int, default=10000, help="updates between checkpoints; ten minutes at most")
+    add("--skip-bad", action="store_true", help="train without the images that cannot be read")
     add("--fresh", action="store_true", help="start over; the old run is kept as DIR.old-N")
     add("--device", help="cpu, cuda, cuda:1, mps, ... (the accelerator, if there is one)")
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 where it is much faster")
@@ -282,10 +285,10 @@ def train(args):
     images, labels, args.classes = load_images(args)
     state = build(args)
     fixed_z = draw_z(args, 10)
-    begun = resume(args, state, len(images))
-    goal = max(begun, min(math.ceil(args.epochs * len(images) / args.batch_size), args.max_steps or math.inf))
-    update, row, saved = make_step(args, state), (time.monotonic(), begun), time.monotonic()
-    with signals() as stopped:
+    with locked(args.run), signals() as stopped:
+        begun = resume(args, state, len(images))
+        goal = max(begun, min(math.ceil(args.epochs * len(images) / args.batch_size), args.max_steps or math.inf))
+        update, row, saved = make_step(args, state), (time.monotonic(), begun), time.monotonic()
         for step, (epoch, x, y) in zip(range(begun + 1, goal + 1), batches(args, images, labels, begun)):
             for optimiser in (state["opt_D"], state["opt_G"]) if args.optimiser == "sgd" else ():
                 optimiser.param_groups[0]["lr"].fill_(max(args.lr / 1.00004**step, 1e-6))
@@ -324,7 +327,7 @@ def blame(what):  # same as pix2pix.py
 @contextlib.contextmanager
 def replacing(path):  # same as pix2pix.py
     """A file to write to, which becomes `path` when it is whole and on the disk, and otherwise leaves nothing."""
-    part = path.with_name(f"{path.name}.part")
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
     with blame(f"{path} cannot be written"):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -335,6 +338,31 @@ def replacing(path):  # same as pix2pix.py
             os.replace(part, path)
         finally:
             part.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def locked(path, wait=0):  # same as pix2pix.py
+    """Only one process at a time is in here for a `path`: others wait so many seconds, then are refused.
+
+    However a process ends, it leaves. Where a file system has no locks, or nothing can be written, all are let in.
+    """
+    lock, held = path.with_name(f".{path.name.lstrip('.')}.lock"), None
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        held = sqlite3.connect(lock, timeout=wait, isolation_level=None)  # the standard library's lock for any system
+        held.execute("PRAGMA journal_mode = OFF")
+        held.execute("BEGIN EXCLUSIVE")
+    except (OSError, sqlite3.Error) as error:
+        if getattr(error, "sqlite_errorname", "") == "SQLITE_BUSY":
+            held.close()
+            refuse(f"{path} is in use by another process: wait for its end, or stop it")
+    try:
+        yield
+    finally:
+        if held:
+            with contextlib.suppress(OSError):
+                lock.unlink()
+            held.close()
 
 
 @contextlib.contextmanager
@@ -415,9 +443,13 @@ def load_images(args):
             refuse(
                 f"--data {args.data} needs a folder of images for each label, two at least, and no images beside them"
             )
-        fitted = (ImageOps.fit(flatten(read_image(file), args.channels), (args.size,) * 2) for file in files.values())
-        images = torch.stack([pil_to_tensor(image) for image in fitted])
-        labels = torch.tensor([names.index(kind) for kind in kinds])
+
+        def fitted(file):
+            return pil_to_tensor(ImageOps.fit(flatten(read_image(file), args.channels), (args.size, args.size)))
+
+        found = [(tried(args, fitted, file), names.index(kind)) for file, kind in zip(files.values(), kinds)]
+        found = [pair for pair in found if pair[0] is not None] or refuse(f"{args.data} holds no readable image")
+        images, labels = torch.stack([image for image, _ in found]), torch.tensor([label for _, label in found])
     return images.expand(-1, args.channels, -1, -1).to(args.device), labels.to(args.device), list(names)
 
 
@@ -474,6 +506,16 @@ def sample(args):
     return to
 
 
+def tried(args, read, item):  # same as pix2pix.py
+    """read(item); with --skip-bad None, if it is refused, which is then said."""
+    try:
+        return read(item)
+    except SystemExit as refusal:
+        if not args.skip_bad:
+            raise
+        print(f"left out: {refusal}", flush=True)
+
+
 def find_images(path):  # same as pix2pix.py
     """{name: file} of all images below a folder, or of a file; a name keeps its suffix where it would be another's."""
     suffixes, found = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"), {}
@@ -488,6 +530,8 @@ def find_images(path):  # same as pix2pix.py
 def read_image(path):  # same as pix2pix.py
     """An image of any usual kind as a Pillow image: upright, with 8 bits, grey, RGB or RGBA."""
     with blame(f"{path} cannot be read as an image"), Image.open(path) as file:
+        if file.mode == "F":
+            raise ValueError("it has floating-point pixels: save it with 8 or 16 bits")
         image = ImageOps.exif_transpose(file)
         if image.mode[0] == "I":  # 16 bits
             image = Image.fromarray(np.uint8(np.asarray(image).clip(0, 65535) // 257))
@@ -504,7 +548,7 @@ def flatten(image, channels):  # same as pix2pix.py
 def save(args, state, step):  # same as pix2pix.py
     """Write RUN/last.pt, to go on from or to use, unless a weight is not finite. Returns the time."""
     if not all(weight.isfinite().all() for part in state.values() for weight in getattr(part, "parameters", list)()):
-        refuse(f"update {step} made weights that are not finite: {args.run}/last.pt was left as it is; lower --lr")
+        refuse(f"update {step} made weights that are not finite; {args.run}/last.pt stays as it was: {ADVICE}")
     checkpoint = {"script": SCRIPT, "version": 1, "step": step, "settings": args.settings}
     with replacing(args.run / "last.pt") as file:
         torch.save(checkpoint | {name: part.state_dict() for name, part in state.items()}, file)
@@ -555,7 +599,7 @@ def report(args, step, goal, epoch, losses, last, must):  # same as pix2pix.py
     if due or args.device == "cpu":  # elsewhere reading a loss makes the host wait for the device
         losses = {name: loss.item() for name, loss in losses.items()}
         if not all(map(math.isfinite, losses.values())):
-            refuse(f"update {step} has a loss that is not finite, {losses}; last.pt stays as it was: lower --lr")
+            refuse(f"update {step} has a loss that is not finite, {losses}; last.pt stays as it was: {ADVICE}")
     if not due:
         return last
     rate = (step - last[1]) * args.batch_size / (now - last[0])
@@ -572,13 +616,17 @@ def main(argv=None):  # same as gan.py
     for kind in (signal.SIGINT, signal.SIGTERM):
         signal.signal(kind, lambda number, frame: sys.exit(128 + number))
     warnings.filterwarnings("ignore", module="PIL")  # a refusal says it in one sentence
+    warnings.simplefilter("error", Image.DecompressionBombWarning)  # above 89 million pixels
     try:
         args = get_args(argv)
         return (sample if args.sample else train)(args)
-    except (SystemExit, OSError, MemoryError, torch.OutOfMemoryError) as error:
-        if isinstance(getattr(error, "code", None), int):
+    except (SystemExit, OSError, MemoryError, RuntimeError) as error:
+        status, said = getattr(error, "code", None), str(error).partition("\n")[0]
+        full = status is None and (isinstance(error, MemoryError) or "allocate" in said or "out of memory" in said)
+        if isinstance(status, int) or isinstance(error, RuntimeError) and not full:
             raise
-        print(str(error).partition("\n")[0] or "out of memory", file=sys.stderr)
+        less = f"{SCRIPT}.py: out of memory: lower --batch-size or --size"
+        print(less if full else said, file=sys.stderr)
         sys.exit(2)
 
 

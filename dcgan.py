@@ -26,6 +26,7 @@ import math
 import os
 import re
 import signal
+import sqlite3
 import sys
 import time
 import warnings
@@ -54,7 +55,8 @@ SETS = {  # the named sets, and what each changes; size 64 and three channels ot
     "lsun": dict(epochs=5),
 }
 LOSSES = {"ns": 2e-4, "minimax": 2e-4, "lsgan": 2e-4, "wgan": 5e-5, "wgan-gp": 1e-4}  # and their rates
-FREE = "settings data_root run max_steps save_every fresh device bf16 sample to arithmetic turn"  # may change in a run
+ADVICE = "lower --lr, or use --precision fp32"  # against what is not finite
+FREE = "settings data_root run max_steps save_every skip_bad fresh device bf16 sample to arithmetic turn"  # may change
 
 
 def get_args(argv=None):
@@ -78,6 +80,7 @@ def get_args(argv=None):
     add("--run", type=Path, help="run folder (runs/dcgan-DATA)")
     add("--max-steps", type=int, help="stop after so many updates")
     add("--save-every", type=int, default=2000, help="updates between checkpoints; ten minutes at most")
+    add("--skip-bad", action="store_true", help="train without the images that cannot be read")
     add("--fresh", action="store_true", help="start over; the old run is kept as DIR.old-N")
     add("--device", help="cpu, cuda, cuda:1, mps, ... (the accelerator, if there is one)")
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 where it is much faster")
@@ -220,10 +223,10 @@ def make_step(args, state):
 def train(args):
     """Train for --epochs, from RUN/last.pt if it is there, then paint a walk. Returns the run folder."""
     (count, read), state = load_images(args), build(args)
-    begun = resume(args, state, count)
-    goal = max(begun, min(math.ceil(args.epochs * count / args.batch_size / args.k), args.max_steps or math.inf))
-    update, row, saved = make_step(args, state), (time.monotonic(), begun), time.monotonic()
-    with signals() as stopped:
+    with locked(args.run), signals() as stopped:
+        begun = resume(args, state, count)
+        goal = max(begun, min(math.ceil(args.epochs * count / args.batch_size / args.k), args.max_steps or math.inf))
+        update, row, saved = make_step(args, state), (time.monotonic(), begun), time.monotonic()
         for step, (epoch, x) in zip(range(begun + 1, goal + 1), batches(args, count, read, begun)):
             torch.manual_seed(hash((args.seed, step)))  # z; so that an update is the same after a stop
             losses = update(x)
@@ -261,7 +264,7 @@ def blame(what):  # same as pix2pix.py
 @contextlib.contextmanager
 def replacing(path):  # same as pix2pix.py
     """A file to write to, which becomes `path` when it is whole and on the disk, and otherwise leaves nothing."""
-    part = path.with_name(f"{path.name}.part")
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
     with blame(f"{path} cannot be written"):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -272,6 +275,31 @@ def replacing(path):  # same as pix2pix.py
             os.replace(part, path)
         finally:
             part.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def locked(path, wait=0):  # same as pix2pix.py
+    """Only one process at a time is in here for a `path`: others wait so many seconds, then are refused.
+
+    However a process ends, it leaves. Where a file system has no locks, or nothing can be written, all are let in.
+    """
+    lock, held = path.with_name(f".{path.name.lstrip('.')}.lock"), None
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        held = sqlite3.connect(lock, timeout=wait, isolation_level=None)  # the standard library's lock for any system
+        held.execute("PRAGMA journal_mode = OFF")
+        held.execute("BEGIN EXCLUSIVE")
+    except (OSError, sqlite3.Error) as error:
+        if getattr(error, "sqlite_errorname", "") == "SQLITE_BUSY":
+            held.close()
+            refuse(f"{path} is in use by another process: wait for its end, or stop it")
+    try:
+        yield
+    finally:
+        if held:
+            with contextlib.suppress(OSError):
+                lock.unlink()
+            held.close()
 
 
 @contextlib.contextmanager
@@ -351,34 +379,67 @@ def load_images(args):
         return pil_to_tensor(ImageOps.fit(flatten(image, args.channels), (args.size, args.size)))
 
     shape = (args.channels, args.size, args.size)
-    read = decoded(args, folder, items, shape, f"{Path(args.data).name}-{args.channels}", prepared)
-    if len(items) * math.prod(shape) < 2**30:
-        return len(items), torch.stack([*map(read, range(len(items)))]).to(args.device).__getitem__
-    return len(items), lambda chosen: torch.stack([*map(read, chosen)]).to(args.device)
+    good, read = decoded(args, folder, items, shape, f"{Path(args.data).name}-{args.channels}", prepared)
+    if len(good) * math.prod(shape) < 2**30:
+        return len(good), torch.stack([*map(read, range(len(good)))]).to(args.device).__getitem__
+    return len(good), lambda chosen: torch.stack([*map(read, chosen)]).to(args.device)
+
+
+def tried(args, read, item):  # same as pix2pix.py
+    """read(item); with --skip-bad None, if it is refused, which is then said."""
+    try:
+        return read(item)
+    except SystemExit as refusal:
+        if not args.skip_bad:
+            raise
+        print(f"left out: {refusal}", flush=True)
 
 
 def decoded(args, folder, items, shape, kind, read):  # same as pix2pix.py
-    """Returns i -> read(items[i]), uint8 of `shape`; an item is a tuple, mostly of files. All is read once.
+    """Returns the items' numbers, and i -> read(items[i]), uint8 of `shape`; an item is a tuple, mostly of files.
 
-    A hidden file in `folder`, or beside the runs if that is read-only, keeps it; so memory stays flat. A GPU
-    takes all if they fit in a quarter of what is free.
+    All is read once, and kept in a hidden file in `folder`, or beside the runs if that is read-only, so that memory
+    stays flat; a GPU takes all if they fit in a quarter of what is free. --skip-bad leaves out what cannot be read.
     """
     stats = [(str(file), file.stat()) for item in items for file in item if isinstance(file, Path)]
     facts = [(name, stat.st_size, stat.st_mtime_ns, stat.st_ino) for name, stat in stats]
     home, stem = folder if os.access(folder, os.W_OK) else args.run.parent / "cache", f".{SCRIPT}-{kind}-{shape[-1]}"
     cache, one = home / f"{stem}-{hashlib.sha1(repr(facts).encode()).hexdigest()}", math.prod(shape)
-    if not cache.exists() or cache.stat().st_size != one * len(items):
-        print(f"decoding {len(items)} images of {folder}, once", flush=True)
-        for stale in home.glob(f"{stem}-*"):
-            stale.unlink()
-        with replacing(cache) as file, ThreadPoolExecutor() as pool:
-            for i in range(0, len(items), 64):  # a few at a time, so that memory stays flat
-                for pixels in pool.map(read, items[i : i + 64]):
-                    file.write(pixels.contiguous().numpy())
-    if "cuda" in args.device and one * len(items) < torch.cuda.mem_get_info(args.device)[0] // 4:
-        pixels = torch.from_file(str(cache), size=one * len(items), dtype=torch.uint8)
-        return pixels.view(-1, *shape).to(args.device).__getitem__
-    return lambda i: torch.from_numpy(np.fromfile(cache, np.uint8, one, offset=i * one)).view(shape)
+
+    def kept():  # the numbers are at the end of the file
+        count, rest = divmod(cache.stat().st_size if cache.exists() else 1, one + 8)
+        found = [] if rest else np.fromfile(cache, np.int64, offset=count * one).tolist()
+        whole = found == sorted({*found} & {*range(len(items))}) and (args.skip_bad or count == len(items))
+        return found if whole else []
+
+    with locked(cache.with_name(stem), 3600):
+        if not kept():
+            print(f"decoding {len(items)} images of {folder}, once", flush=True)
+            for stale in home.glob(f"{stem}-*"):
+                with contextlib.suppress(OSError):  # another process may have it open
+                    stale.unlink()
+            with replacing(cache) as file, ThreadPoolExecutor(4) as pool:  # a few at a time, so that memory stays flat
+                good = []
+                for i in range(0, len(items), 64):
+                    found = pool.map(functools.partial(tried, args, read), items[i : i + 64])
+                    for k, pixels in enumerate(found, i):
+                        if pixels is not None:
+                            file.write(pixels.contiguous().numpy())
+                            good.append(k)
+                if not good:
+                    refuse(f"{folder} holds no readable image")
+                file.write(np.array(good, np.int64))
+    good = kept()
+    if "cuda" in args.device and one * len(good) < torch.cuda.mem_get_info(args.device)[0] // 4:
+        pixels = torch.from_file(str(cache), size=one * len(good), dtype=torch.uint8)
+        return good, pixels.view(-1, *shape).to(args.device).__getitem__
+    file = open(cache, "rb")  # for as long as the run, whoever replaces it meanwhile
+
+    def read_again(i):
+        file.seek(i * one)
+        return torch.frombuffer(bytearray(file.read(one)), dtype=torch.uint8).view(shape)
+
+    return good, read_again
 
 
 def batches(args, count, read, step):
@@ -487,6 +548,8 @@ def find_images(path):  # same as pix2pix.py
 def read_image(path):  # same as pix2pix.py
     """An image of any usual kind as a Pillow image: upright, with 8 bits, grey, RGB or RGBA."""
     with blame(f"{path} cannot be read as an image"), Image.open(path) as file:
+        if file.mode == "F":
+            raise ValueError("it has floating-point pixels: save it with 8 or 16 bits")
         image = ImageOps.exif_transpose(file)
         if image.mode[0] == "I":  # 16 bits
             image = Image.fromarray(np.uint8(np.asarray(image).clip(0, 65535) // 257))
@@ -503,7 +566,7 @@ def flatten(image, channels):  # same as pix2pix.py
 def save(args, state, step):  # same as pix2pix.py
     """Write RUN/last.pt, to go on from or to use, unless a weight is not finite. Returns the time."""
     if not all(weight.isfinite().all() for part in state.values() for weight in getattr(part, "parameters", list)()):
-        refuse(f"update {step} made weights that are not finite: {args.run}/last.pt was left as it is; lower --lr")
+        refuse(f"update {step} made weights that are not finite; {args.run}/last.pt stays as it was: {ADVICE}")
     checkpoint = {"script": SCRIPT, "version": 1, "step": step, "settings": args.settings}
     with replacing(args.run / "last.pt") as file:
         torch.save(checkpoint | {name: part.state_dict() for name, part in state.items()}, file)
@@ -554,7 +617,7 @@ def report(args, step, goal, epoch, losses, last, must):  # same as pix2pix.py
     if due or args.device == "cpu":  # elsewhere reading a loss makes the host wait for the device
         losses = {name: loss.item() for name, loss in losses.items()}
         if not all(map(math.isfinite, losses.values())):
-            refuse(f"update {step} has a loss that is not finite, {losses}; last.pt stays as it was: lower --lr")
+            refuse(f"update {step} has a loss that is not finite, {losses}; last.pt stays as it was: {ADVICE}")
     if not due:
         return last
     rate = (step - last[1]) * args.batch_size / (now - last[0])
@@ -571,13 +634,17 @@ def main(argv=None):
     for kind in (signal.SIGINT, signal.SIGTERM):
         signal.signal(kind, lambda number, frame: sys.exit(128 + number))
     warnings.filterwarnings("ignore", module="PIL")  # a refusal says it in one sentence
+    warnings.simplefilter("error", Image.DecompressionBombWarning)  # above 89 million pixels
     try:
         args = get_args(argv)
         return (sample if args.sample or args.arithmetic or args.turn else train)(args)
-    except (SystemExit, OSError, MemoryError, torch.OutOfMemoryError) as error:
-        if isinstance(getattr(error, "code", None), int):
+    except (SystemExit, OSError, MemoryError, RuntimeError) as error:
+        status, said = getattr(error, "code", None), str(error).partition("\n")[0]
+        full = status is None and (isinstance(error, MemoryError) or "allocate" in said or "out of memory" in said)
+        if isinstance(status, int) or isinstance(error, RuntimeError) and not full:
             raise
-        print(str(error).partition("\n")[0] or "out of memory", file=sys.stderr)
+        less = f"{SCRIPT}.py: out of memory: lower --batch-size or --size"
+        print(less if full else said, file=sys.stderr)
         sys.exit(2)
 
 
