@@ -10,6 +10,7 @@ import hashlib
 import itertools
 import json
 import os
+import shlex
 import signal
 import statistics
 import subprocess
@@ -22,7 +23,7 @@ from PIL import Image
 
 import gan
 from bench import report, speed
-from bench.cases import TABLES, flags, judges_of, kinds_of, planned
+from bench.cases import CASES, TABLES, flags, judges_of, kinds_of, planned
 from bench.judges import JUDGES, environment
 
 ROOT = speed.ROOT
@@ -41,9 +42,10 @@ def fingerprint(path):
     return hashlib.sha256(ast.unparse(tree).encode()).hexdigest()[:12]
 
 
-def begun_as(run):
+def begun_as(run, args):
     """What a run is begun with, and cannot go on without."""
-    return {"script": run.script, "code": fingerprint(ROOT / run.script), "flags": flags(run.case, run.data)}
+    given = [*flags(run.case, run.data), *shlex.split(args.flags)]
+    return {"script": run.script, "code": fingerprint(ROOT / run.script), "flags": given}
 
 
 def judged_as(run, args):
@@ -56,7 +58,7 @@ def judged_as(run, args):
 def is_done(run, args):
     """Whether its result is there, of the same code, flags and judges."""
     result = report.read_json(args.results / f"{run.name}.json") or {}
-    return all(result.get(name) == value for name, value in (begun_as(run) | judged_as(run, args)).items())
+    return all(result.get(name) == value for name, value in (begun_as(run, args) | judged_as(run, args)).items())
 
 
 def write_json(path, value):
@@ -88,7 +90,7 @@ def next_stop(args, steps, judged):
 
 def start(run, args):
     """Train a run, from the beginning or from where it was stopped, in a process of its own. -> process, stop, time."""
-    folder, path, now = args.runs / run.name, args.runs / f"{run.name}.json", begun_as(run)
+    folder, path, now = args.runs / run.name, args.runs / f"{run.name}.json", begun_as(run, args)
     note = report.read_json(path) or {}
     if folder.exists() and any(note.get(name) != now[name] for name in now):  # it was begun otherwise
         olds = (folder.with_name(f"{run.name}.old-{n}") for n in itertools.count(1))
@@ -229,6 +231,8 @@ def options(parser):
     add("--data", nargs="+", default=["toy"], help=f"{sets}; a table takes those that it can be made from")
     add("--data-root", type=Path, default=Path("data"), help="where downloads go, or lie already")
     add("--seeds", type=int, default=3, help="runs of each case, with seeds from 0 up")
+    add("--cases", nargs="+", metavar="CASE", help=f"only these of their rows: {', '.join(CASES)}")
+    add("--flags", default="", help='more flags of the scripts, for every run: --flags="--size 128 --epochs 40"')
     add("--max-steps", type=int, help="stop every run after so many updates")
     add("--curve", action="store_true", help="judge also after 100, 200, 400, ... updates")
     add("--count", type=int, default=10000, help="samples that are drawn to be judged")
@@ -247,6 +251,8 @@ def settle(args):
             sys.exit(f"bench: --{name.replace('_', '-')} {number}: give a number from 1 up")
     if unknown := [name for name in args.names if name not in TABLES]:
         sys.exit(f"bench: {unknown[0]} is no table: there are {', '.join(TABLES)}")
+    if unknown := [case for case in args.cases or [] if case not in CASES]:
+        sys.exit(f"bench: --cases {unknown[0]} is no case: there are {', '.join(CASES)}")
     args.names, args.results = args.names or [*TABLES], args.results or args.runs / "results"
     for data in args.data:
         kinds = sorted({kind for name in args.names for kind in kinds_of(name)})
@@ -269,6 +275,7 @@ def run(args):
     before = {kind: signal.signal(kind, stop) for kind in (signal.SIGINT, signal.SIGTERM)}
     try:
         runs = planned(settle(args).names, args.data, args.seeds)
+        runs = [each for each in runs if each.case in (args.cases or CASES)]
         missing = [each for each in runs if not is_done(each, args)]
         say(f"{len(runs)} runs, {len(runs) - len(missing)} of them done; results go to {args.results}")
         failed = train_all(missing, args)

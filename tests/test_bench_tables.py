@@ -259,7 +259,7 @@ def test_one_case_from_end_to_end(judged, one, monkeypatch, capsys):
 
 def settings(**more):
     """What `tables` has read from its command line."""
-    given = {"runs": Path("runs"), "results": Path("results"), "max_steps": None, "count": 10, "curve": False}
+    given = dict(runs=Path("runs"), results=Path("results"), max_steps=None, count=10, curve=False, flags="")
     return argparse.Namespace(**given | more)
 
 
@@ -269,9 +269,27 @@ def test_what_is_done(change):
     run, args = Run("pix2pix-l1", "toy", 0), settings()
     assert not tables.is_done(run, args)
     tables.write_json(
-        Path("results/pix2pix-l1-toy-0.json"), tables.begun_as(run) | tables.judged_as(run, args) | change
+        Path("results/pix2pix-l1-toy-0.json"), tables.begun_as(run, args) | tables.judged_as(run, args) | change
     )
     assert tables.is_done(run, args) == (not change)
+    assert not tables.is_done(run, settings(flags="--ngf 8"))
+
+
+def test_flags_are_the_last_ones():
+    """--flags go to every run, behind those of its case, so that they have the last word."""
+    begun = tables.begun_as(Run("pix2pix-l1", "toy", 0), settings(flags="--size 32 --run 'a b'"))
+    assert begun["flags"] == ["--loss", "l1", "--size", "32", "--run", "a b"]
+
+
+def test_some_cases(monkeypatch, capsys):
+    """--cases leaves the other rows out, and takes only cases that there are."""
+    trained = []
+    monkeypatch.setattr(tables, "train_all", lambda runs, args: trained.extend(runs) or [])
+    tables_of("--seeds", "2", "--cases", "pix2pix", "pix2pix-gan")
+    assert trained == [Run(case, "toy", seed) for seed in (0, 1) for case in ("pix2pix-gan", "pix2pix")]
+    with pytest.raises(SystemExit) as end:
+        tables_of("--cases", "pix2pix-l2")
+    assert end.value.code == 2 and "--cases pix2pix-l2 is no case" in capsys.readouterr().err
 
 
 def test_fingerprint_is_of_what_runs(tmp_path):
