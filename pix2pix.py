@@ -112,9 +112,9 @@ def get_args(argv=None):
     args.device = args.device or str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     with blame(f"--device {args.device} is not to be had on this machine: leave it out to use what there is"):
         args.device = str(torch.zeros(1, device=args.device).device)
-    amx = args.device == "cpu" and torch.cpu.get_capabilities().get("amx_bf16", False)
-    fast = amx or "cuda" in args.device and torch.cuda.is_bf16_supported(False)
-    args.bf16 = args.precision == "bf16" or args.precision == "auto" and fast
+    units = [name for name, there in torch.cpu.get_capabilities().items() if there] if args.device == "cpu" else []
+    fast = {"avx512_bf16", "amx_bf16"} & {*units} or "cuda" in args.device and torch.cuda.is_bf16_supported(False)
+    args.bf16 = args.precision == "bf16" or args.precision == "auto" and bool(fast)
     return args
 
 

@@ -48,12 +48,12 @@ from torchvision.utils import make_grid
 SCRIPT = "text2img"
 SETS = {  # the named sets, and what each changes
     "toy": dict(size=32, text=512, nt=64, nz=32, ngf=32, ndf=32, nef=64, nif=96, no_residual=True, batch_size=32,
-                wrong=4, average=1, lr=4e-4, text_lr=1e-3, text_epochs=10, epochs=56, style_epochs=4, halve_every=24,
-                save_every=1000),
+                wrong=4, near=8, average=1, lr=4e-4, text_lr=1e-3, text_epochs=10, epochs=56, style_epochs=4,
+                halve_every=24, save_every=1000),
 }  # fmt: skip
 ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789-,;.!?:'\"/\\|_@#$%^&*~`+-=<>()[]{} "  # as in the authors' code
 INKS = {"red": (215, 40, 40), "green": (40, 160, 60), "blue": (45, 75, 215), "yellow": (240, 215, 50)}
-VALUES = ("circle", "triangle", "cross"), tuple(INKS), ("small", "large"), tuple(INKS)  # form, ink, size, ground
+VALUES = ("circle", "ring", "bar"), tuple(INKS), ("small", "large"), tuple(INKS)  # form, ink, size, ground
 SENTENCES = [
     "a {2} {1} {0} on a {3} background",
     "on a {3} background a {2} {1} {0}",
@@ -86,6 +86,7 @@ def get_args(argv=None):
     add("--nif", type=int, default=256, help="channels of the image encoder's last hidden layer")
     add("--embeddings", help="codes of the captions, instead of an encoder: .npy, or a pickle of arrays")
     add("--wrong", type=int, default=1, help="wrong sentences for each image of a batch")
+    add("--near", type=int, default=1, help="sentences that the nearest is taken of, for each of these")
     add("--average", type=int, default=4, help="captions of an image whose codes are averaged")
     add("--text-epochs", type=int, default=200, help="passes over the images for the encoder, before the GAN")
     add("--epochs", type=int, default=600, help="passes for the GAN")
@@ -467,9 +468,9 @@ def settle(args, zeros):  # same as gan.py
     args.device = args.device or str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     with blame(f"--device {args.device} is not to be had on this machine: leave it out to use what there is"):
         args.device = str(torch.zeros(1, device=args.device).device)
-    amx = args.device == "cpu" and torch.cpu.get_capabilities().get("amx_bf16", False)
-    fast = amx or "cuda" in args.device and torch.cuda.is_bf16_supported(False)
-    args.bf16 = args.precision == "bf16" or args.precision == "auto" and fast
+    units = [name for name, there in torch.cpu.get_capabilities().items() if there] if args.device == "cpu" else []
+    fast = {"avx512_bf16", "amx_bf16"} & {*units} or "cuda" in args.device and torch.cuda.is_bf16_supported(False)
+    args.bf16 = args.precision == "bf16" or args.precision == "auto" and bool(fast)
     return args
 
 
@@ -489,9 +490,8 @@ def shapes(count, seed, held_out=False, size=64):
     for image, (form, ink, large, ground) in zip(images, labels):
         radius = rng.uniform(*((0.17, 0.2), (0.33, 0.37))[large])
         u, v = (pixel - rng.uniform(0.46, 0.54)) / radius, (pixel[:, None] - rng.uniform(0.46, 0.54)) / radius
-        edges = np.hypot(u, v), np.maximum(v, abs(u) * 0.866 - v / 2) / 0.58, np.maximum(abs(u), abs(v))
-        if form == 2:
-            edges = *edges[:2], np.minimum(np.maximum(abs(u), abs(v) * 3), np.maximum(abs(u) * 3, abs(v)))
+        away = np.hypot(u, v)
+        edges = away, abs(away - 0.75) * 4, np.maximum(abs(u), abs(v) * 2.5)
         inside = ((1 - edges[form]) * radius * size + 0.5).clip(0, 1)[..., None]
         fore, back = inks[[ink, ground]] + rng.normal(0, 12, (2, 3))
         grain = rng.normal(0, 12, (size, size, 3))
@@ -717,9 +717,12 @@ def draw_batch(args, data, codes, phase, done):
     x = torch.stack(x).to(args.device) / 127.5 - 1
     if phase == 0:
         return x, data.chars[said_of(chosen, 1)[:, 0]].long(), torch.from_numpy(kinds).to(args.device)
-    kinds = np.tile(data.kinds[chosen], args.wrong)
+    kinds = np.tile(data.kinds[chosen], args.near * args.wrong)
     others = one_of((kinds + rng.integers(1, len(data.counts), len(kinds))) % len(data.counts))
-    return x, *(codes[said_of(images, args.average)].mean(1) for images in (chosen, others))
+    t, wrong = (codes[said_of(images, args.average)].mean(1) for images in (chosen, others))
+    wrong = wrong.view(args.near, args.wrong * count, -1)
+    nearest = (wrong - t.repeat(args.wrong, 1)).square().sum(2).argmin(0)
+    return x, t, wrong[nearest, torch.arange(len(nearest), device=args.device)]
 
 
 @functools.lru_cache(2)

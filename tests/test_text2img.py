@@ -411,7 +411,7 @@ def test_several_prompts(tmp_path, call):
     """A file of sentences: N images of each, numbered by sentence; the same seed draws the same, another not."""
     run = tmp_path / "run"
     assert run_main(ROW, *ROW.tiny.split(), "--run", run, "--max-steps", 2) == 0
-    (tmp_path / "asked.txt").write_text("a red circle\n\na blue cross\n")
+    (tmp_path / "asked.txt").write_text("a red circle\n\na blue bar\n")
     flags = "--run", run, "--prompt", tmp_path / "asked.txt", "--sample", 2, "--device", "cpu", "--to"
     for name, seed in (("one", 0), ("two", 0), ("three", 1)):
         assert call(ROW, *flags, tmp_path / name, "--seed", seed).code == 0
