@@ -24,6 +24,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import signal
 import socket
 import sqlite3
@@ -320,9 +321,9 @@ def train(args):
             row = report(args, step, goal, epoch, losses, row, saving or step == begun + 1)
             if saving:
                 saved = save(args, state, step)
+                paint(args, state, tests, args.run / "samples" / f"{step:07}.png", 4)
                 if stopped:
                     break
-                paint(args, state, tests, args.run / "samples" / f"{step:07}.png", 4)
     if not (grid := args.run / "samples" / f"{goal:07}-test.png").exists():
         paint(args, state, tests, grid, 16, args.run / "test")
     print(f"{args.run} is finished, {goal} updates: {grid} shows the test split; --fresh starts over")
@@ -369,22 +370,26 @@ def locked(path, wait=0):  # same as pix2pix.py
 
     However a process ends, it leaves. Where a file system has no locks, or nothing can be written, all are let in.
     """
-    lock, held = path.with_name(f".{path.name.lstrip('.')}.lock"), None
-    try:
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        held = sqlite3.connect(lock, timeout=wait, isolation_level=None)  # the standard library's lock for any system
-        held.execute("PRAGMA journal_mode = OFF")
-        held.execute("BEGIN EXCLUSIVE")
-    except (OSError, sqlite3.Error) as error:
-        if getattr(error, "sqlite_errorname", "") == "SQLITE_BUSY":
+    whole, until, held = path.resolve(), time.monotonic() + wait, None
+    lock = whole.with_name(f".{whole.name.lstrip('.')}.lock")  # it stays: one that is removed could be locked by two
+    while True:
+        try:
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            held = held or sqlite3.connect(lock, timeout=0, isolation_level=None)
+            held.execute("PRAGMA journal_mode = OFF")
+            held.execute("BEGIN EXCLUSIVE")
+            break
+        except (OSError, sqlite3.Error) as error:
+            if getattr(error, "sqlite_errorname", "") != "SQLITE_BUSY":
+                break
+        if time.monotonic() >= until:
             held.close()
             refuse(f"{path} is in use by another process: wait for its end, or stop it")
+        time.sleep(0.1)  # not inside of sqlite3, where no signal would be heeded
     try:
         yield
     finally:
         if held:
-            with contextlib.suppress(OSError):
-                lock.unlink()
             held.close()
 
 
@@ -500,11 +505,10 @@ def decoded(args, folder, items, shape, kind, read):  # same as pix2pix.py
                 if not good:
                     refuse(f"{folder} holds no readable image")
                 file.write(np.array(good, np.int64))
-    good = kept()
+        good, file = kept(), open(cache, "rb")  # for as long as the run, whoever replaces it meanwhile
     if "cuda" in args.device and one * len(good) < torch.cuda.mem_get_info(args.device)[0] // 4:
         pixels = torch.from_file(str(cache), size=one * len(good), dtype=torch.uint8)
         return good, pixels.view(-1, *shape).to(args.device).__getitem__
-    file = open(cache, "rb")  # for as long as the run, whoever replaces it meanwhile
 
     def read_again(i):
         file.seek(i * one)
@@ -526,10 +530,14 @@ def find_data(args):
         refuse(f"cityscapes is withheld by its owners: register at cityscapes-dataset.com, and put {have}")
     args.data_root.mkdir(parents=True, exist_ok=True)
     socket.setdefaulttimeout(60)  # seconds of silence
-    with blame(f"{url} cannot be had: fetch it by hand as {archive}, or unpack it to {folder}"):
+    with locked(folder, 3600), blame(f"{url} cannot be had: fetch it by hand as {archive}, or unpack it to {folder}"):
+        if folder.is_dir():  # another process has fetched it meanwhile
+            return folder
+        for stale in args.data_root.glob(f".{SCRIPT}-{args.data}-*"):  # of one that was killed
+            shutil.rmtree(stale)
         for last in (True,) if archive.exists() else (False, False, True):
             retried = contextlib.suppress(*() if last else (OSError, EOFError, zipfile.BadZipFile))
-            with retried, tempfile.TemporaryDirectory(dir=args.data_root) as part:
+            with retried, tempfile.TemporaryDirectory("", f".{SCRIPT}-{args.data}-", args.data_root) as part:
                 packed = archive if archive.exists() else Path(part, archive.name)
                 if not packed.exists():
                     torch.hub.download_url_to_file(url, str(packed))
@@ -649,7 +657,7 @@ def paint(args, state, tests, grid, count, folder=None):
 
 def translate(args):
     """Translate --translate, an image or a folder, of any size, by RUN/last.pt. Returns the folder of the results."""
-    path, to = args.run / "last.pt", args.to or args.run / "translated"
+    path, to = args.run / "last.pt", swept(args.to or args.run / "translated")
     found, cells, there = find_images(args.translate), [], args.direction
     if {file.resolve() for file in found.values()} & {(to / f"{name}.png").resolve() for name in found}:
         refuse(f"--to {to} would overwrite what is to be translated: choose another folder")
@@ -670,6 +678,15 @@ def translate(args):
     with replacing(to.with_name(f"{to.name}-comparison.png")) as file:
         to_pil_image(make_grid(cells, 6, pad_value=255)).save(file, "PNG")
     print(f"translated {len(found)} images to {to}, with {to.name}-comparison.png beside it")
+    return to
+
+
+def swept(to):  # same as pix2pix.py
+    """The folder `to`, without what a kill left half-written there or beside it."""
+    to = to if to.name else to.resolve()
+    for folder, parts in ((to, "**/*"), (to.parent, f"{to.name}-*"), (to.with_name(f"{to.name}-figures"), "*")):
+        for part in folder.glob(f"{parts}.png.*.part"):
+            part.unlink(missing_ok=True)
     return to
 
 

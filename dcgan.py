@@ -234,9 +234,9 @@ def train(args):
             row = report(args, step, goal, epoch, losses, row, saving or step == begun + 1)
             if saving:
                 saved = save(args, state, step)
+                paint(args.run / "samples" / f"{step:07}.png", draw(args, state["G"], codes(args, args.seed, 100)))
                 if stopped:
                     break
-                paint(args.run / "samples" / f"{step:07}.png", draw(args, state["G"], codes(args, args.seed, 100)))
     if not (figure := args.run / "samples" / f"{goal:07}-walk.png").exists():
         paint(figure, draw_walk(args, state["G"], args.seed))
     print(f"{args.run} is finished, {goal} updates: {figure} shows what it learned; --fresh starts over")
@@ -283,22 +283,26 @@ def locked(path, wait=0):  # same as pix2pix.py
 
     However a process ends, it leaves. Where a file system has no locks, or nothing can be written, all are let in.
     """
-    lock, held = path.with_name(f".{path.name.lstrip('.')}.lock"), None
-    try:
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        held = sqlite3.connect(lock, timeout=wait, isolation_level=None)  # the standard library's lock for any system
-        held.execute("PRAGMA journal_mode = OFF")
-        held.execute("BEGIN EXCLUSIVE")
-    except (OSError, sqlite3.Error) as error:
-        if getattr(error, "sqlite_errorname", "") == "SQLITE_BUSY":
+    whole, until, held = path.resolve(), time.monotonic() + wait, None
+    lock = whole.with_name(f".{whole.name.lstrip('.')}.lock")  # it stays: one that is removed could be locked by two
+    while True:
+        try:
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            held = held or sqlite3.connect(lock, timeout=0, isolation_level=None)
+            held.execute("PRAGMA journal_mode = OFF")
+            held.execute("BEGIN EXCLUSIVE")
+            break
+        except (OSError, sqlite3.Error) as error:
+            if getattr(error, "sqlite_errorname", "") != "SQLITE_BUSY":
+                break
+        if time.monotonic() >= until:
             held.close()
             refuse(f"{path} is in use by another process: wait for its end, or stop it")
+        time.sleep(0.1)  # not inside of sqlite3, where no signal would be heeded
     try:
         yield
     finally:
         if held:
-            with contextlib.suppress(OSError):
-                lock.unlink()
             held.close()
 
 
@@ -429,11 +433,10 @@ def decoded(args, folder, items, shape, kind, read):  # same as pix2pix.py
                 if not good:
                     refuse(f"{folder} holds no readable image")
                 file.write(np.array(good, np.int64))
-    good = kept()
+        good, file = kept(), open(cache, "rb")  # for as long as the run, whoever replaces it meanwhile
     if "cuda" in args.device and one * len(good) < torch.cuda.mem_get_info(args.device)[0] // 4:
         pixels = torch.from_file(str(cache), size=one * len(good), dtype=torch.uint8)
         return good, pixels.view(-1, *shape).to(args.device).__getitem__
-    file = open(cache, "rb")  # for as long as the run, whoever replaces it meanwhile
 
     def read_again(i):
         file.seek(i * one)
@@ -502,7 +505,7 @@ def numbered(images):
 
 def sample(args):
     """Draw --sample images by RUN/last.pt into a folder of PNGs, and figures beside it. Returns the folder."""
-    path, to, seed = args.run / "last.pt", args.to or args.run / "sampled", args.seed
+    path, to, seed = args.run / "last.pt", swept(args.to or args.run / "sampled"), args.seed
     checkpoint = read_checkpoint(path, args.device)
     with blame(f"{path} is damaged"):
         args = argparse.Namespace(**vars(args) | checkpoint["settings"])
@@ -561,6 +564,15 @@ def flatten(image, channels):  # same as pix2pix.py
     if image.mode == "RGBA" and channels % 2:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert(("L", "LA", "RGB", "RGBA")[channels - 1])
+
+
+def swept(to):  # same as pix2pix.py
+    """The folder `to`, without what a kill left half-written there or beside it."""
+    to = to if to.name else to.resolve()
+    for folder, parts in ((to, "**/*"), (to.parent, f"{to.name}-*"), (to.with_name(f"{to.name}-figures"), "*")):
+        for part in folder.glob(f"{parts}.png.*.part"):
+            part.unlink(missing_ok=True)
+    return to
 
 
 def save(args, state, step):  # same as pix2pix.py
