@@ -21,6 +21,7 @@ import functools
 import hashlib
 import itertools
 import json
+import logging
 import math
 import os
 import shutil
@@ -677,8 +678,8 @@ def resume(args, state, count):
         part.unlink()
     with replacing(args.run / "config.json") as file:
         file.write(json.dumps(now | {"torch": torch.__version__}, indent=2).encode())
-    rows = log.read_text().splitlines(keepends=True) if log.exists() else []
     with blame(f"{log} is damaged: delete it"), replacing(log) as file:  # what came after last.pt will come again
+        rows = log.read_text().splitlines(keepends=True) if log.exists() else []
         file.writelines(row.encode() for row in rows if row.endswith("\n") and json.loads(row)["step"] <= step)
     return step
 
@@ -707,6 +708,7 @@ def main(argv=None):
     for kind in (signal.SIGINT, signal.SIGTERM):
         signal.signal(kind, lambda number, frame: sys.exit(128 + number))
     warnings.filterwarnings("ignore", module="PIL")  # a refusal says it in one sentence
+    logging.getLogger("PIL").setLevel(100)
     warnings.simplefilter("error", Image.DecompressionBombWarning)  # above 89 million pixels
     try:
         args = get_args(argv)
