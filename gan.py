@@ -256,8 +256,8 @@ def train(args):
             saving = stopped or step == goal or step % args.save_every == 0 or time.monotonic() - saved > 600
             row = report(args, step, goal, epoch, losses, row, saving or step == begun + 1)
             if saving:
-                saved = save(args, state, step)
                 paint(args.run / "samples" / f"{step:07}.png", draw(args, state["G"], fixed_z))
+                saved = save(args, state, step)
                 if stopped:
                     break
     if not (figure := args.run / "samples" / f"{goal:07}-nearest.png").exists():
@@ -308,25 +308,28 @@ def locked(path, wait=0):  # same as pix2pix.py
     However a process ends, it leaves. Where a file system has no locks, or nothing can be written, all are let in.
     """
     whole, until, held = path.resolve(), time.monotonic() + wait, None
-    lock = whole.with_name(f".{whole.name.lstrip('.')}.lock")  # it stays: one that is removed could be locked by two
+    lock = whole.with_name(f".{whole.name.lstrip('.')}.lock")
     while True:
         try:
             lock.parent.mkdir(parents=True, exist_ok=True)
-            held = held or sqlite3.connect(lock, timeout=0, isolation_level=None)
+            held = sqlite3.connect(lock, timeout=0, isolation_level=None)  # the standard library's lock for any system
             held.execute("PRAGMA journal_mode = OFF")
             held.execute("BEGIN EXCLUSIVE")
-            break
+            if lock.exists():
+                break  # else who held it has just removed it
         except (OSError, sqlite3.Error) as error:
             if getattr(error, "sqlite_errorname", "") != "SQLITE_BUSY":
                 break
+        held.close()
         if time.monotonic() >= until:
-            held.close()
             refuse(f"{path} is in use by another process: wait for its end, or stop it")
         time.sleep(0.1)  # not inside of sqlite3, where no signal would be heeded
     try:
         yield
     finally:
         if held:
+            with contextlib.suppress(OSError):
+                lock.unlink()
             held.close()
 
 
