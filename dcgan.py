@@ -238,8 +238,9 @@ def train(args):
                 saved = save(args, state, step)
                 if stopped:
                     break
-    if not (figure := args.run / "samples" / f"{goal:07}-walk.png").exists():
-        paint(figure, draw_walk(args, state["G"], args.seed))
+    with locked(args.run, 60):
+        if not (figure := args.run / "samples" / f"{goal:07}-walk.png").exists():
+            paint(figure, draw_walk(args, state["G"], args.seed))
     print(f"{args.run} is finished, {goal} updates: {figure} shows what it learned; --fresh starts over")
     return args.run
 
@@ -289,10 +290,12 @@ def locked(path, wait=0):  # same as pix2pix.py
     while True:
         try:
             lock.parent.mkdir(parents=True, exist_ok=True)
+            lock.touch()
+            inode = lock.stat().st_ino
             held = sqlite3.connect(lock, timeout=0, isolation_level=None)  # the standard library's lock for any system
             held.execute("PRAGMA journal_mode = OFF")
             held.execute("BEGIN EXCLUSIVE")
-            if lock.exists():
+            if lock.exists() and lock.stat().st_ino == inode:
                 break  # else who held it has just removed it
         except (OSError, sqlite3.Error) as error:
             if getattr(error, "sqlite_errorname", "") != "SQLITE_BUSY":

@@ -33,8 +33,9 @@ def test_all_bad(row, call, tmp_path):
 
 def test_labels_stay_with_their_images(tmp_path):
     """What is left out takes its label along."""
-    import cgan
     from scripts import labelled_pictures
+
+    import cgan
 
     labelled_pictures(tmp_path / "set")
     flags = ["--data", str(tmp_path / "set"), "--size", "8", "--device", "cpu", "--skip-bad"]
