@@ -347,9 +347,10 @@ def locked(path, wait=0):  # same as pix2pix.py
 
     However a process ends, it leaves. Where a file system has no locks, or nothing can be written, all are let in.
     """
-    whole, until, held = path.resolve(), time.monotonic() + wait, None
+    whole, until = path.resolve(), time.monotonic() + wait
     lock = whole.with_name(f".{whole.name.lstrip('.')}.lock")
     while True:
+        held = None
         try:
             lock.parent.mkdir(parents=True, exist_ok=True)
             lock.touch()
@@ -357,12 +358,15 @@ def locked(path, wait=0):  # same as pix2pix.py
             held = sqlite3.connect(lock, timeout=0, isolation_level=None)  # the standard library's lock for any system
             held.execute("PRAGMA journal_mode = OFF")
             held.execute("BEGIN EXCLUSIVE")
-            if lock.exists() and lock.stat().st_ino == inode:
-                break  # else who held it has just removed it
+            if lock.stat().st_ino == inode:
+                break
+        except FileNotFoundError:
+            pass  # who held it has just removed it
         except (OSError, sqlite3.Error) as error:
             if getattr(error, "sqlite_errorname", "") != "SQLITE_BUSY":
                 break
-        held.close()
+        if held:
+            held.close()
         if time.monotonic() >= until:
             refuse(f"{path} is in use by another process: wait for its end, or stop it")
         time.sleep(0.1)  # not inside of sqlite3, where no signal would be heeded
@@ -589,7 +593,8 @@ def resume(args, state, count):  # same as pix2pix.py
     now = args.settings = now | {"data": Path(args.data).resolve().name, "count": count}
     olds = (args.run.with_name(f"{args.run.name}.old-{n}") for n in itertools.count(1))
     if args.fresh and args.run.exists():
-        args.run.rename(next(old for old in olds if not old.exists()))
+        with blame(f"{args.run} cannot be moved aside for --fresh"):
+            args.run.rename(next(old for old in olds if not old.exists()))
     path, log, step = args.run / "last.pt", args.run / "log.jsonl", 0
     if path.exists():
         then = read_checkpoint(path, args.device)

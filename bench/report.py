@@ -111,6 +111,8 @@ def notes(name, data, results):
     if len(seeds) > 1:
         said.append("mean ± standard deviation over seeds")
     said.append(", ".join(sorted({f"{r['device_name']}, torch {r['versions']['torch']}" for r in every})))
+    commits = {f"{r['commit'][:7]}{'' if r['clean'] else ' with changes'}" for r in every if r.get("commit")}
+    said += [f"code of {', '.join(sorted(commits))}"] if commits else []
     if table.source and any(paper for _, _, paper in table.rows):
         said.append(f"paper: {table.source}")
     fids = [result["metrics"]["fid"] for result in every if "fid" in table.columns and "fid" in result["metrics"]]

@@ -1,0 +1,151 @@
+"""Files that are meant to do harm, and a machine that is too small: one sentence, and nothing lost."""
+
+import pickle
+import tarfile
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scripts import ROWS, assert_refused
+
+import pix2pix
+import text2img
+
+PIX2PIX, CYCLEGAN = (next(row for row in ROWS if row.name == name) for name in ("pix2pix", "cyclegan"))
+
+
+def spoil(file, kind):
+    """Put in place of an image one that no script takes."""
+    if kind == "bomb":  # a few kilobytes that hold 100 million pixels
+        Image.new("1", (10_000, 10_000)).save(file, "PNG")
+    elif kind == "floats":
+        Image.fromarray(np.full((40, 40), np.nan, np.float32)).save(file, "TIFF")
+    else:  # Pillow has more to say of it than that it is none
+        tags = [(256, 4, 0), (257, 4, 0), (258, 3, 1), (259, 3, 1), (262, 3, 1), (273, 4, 134), (277, 3, 255)]
+        fields = [tag.to_bytes(2, "little") + kind.to_bytes(2, "little") + (1).to_bytes(4, "little")
+                  + number.to_bytes(4, "little") for tag, kind, number in tags]  # fmt: skip
+        file.write_bytes(b"II*\0\x08\0\0\0" + len(tags).to_bytes(2, "little") + b"".join(fields) + bytes(4))
+
+
+@pytest.mark.parametrize("kind", ["bomb", "floats", "samples"])
+def test_images(row, call, tmp_path, kind):
+    """Images of too many pixels, of floats, of impossible layouts: named, in one sentence, before training."""
+    row.data(tmp_path / "set")
+    bad = sorted((tmp_path / "set").rglob("*.png"))[3]
+    spoil(bad, kind)
+    assert_refused(call(row, *row.resume.split(), "--data", tmp_path / "set", "--run", tmp_path / "run"), str(bad))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB."),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"),
+        OSError(12, "Cannot allocate memory"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_out_of_memory(row, call, monkeypatch, error):
+    """A machine or a GPU that is too small ends in what to lower."""
+
+    def train(args):
+        raise error
+
+    monkeypatch.setattr(row.module, "train", train)
+    assert_refused(call(row, *row.tiny.split()), "--batch-size")
+
+
+def test_other_errors_are_not_hidden(row, call, monkeypatch):
+    """What is wrong with the code itself is not called a lack of memory."""
+
+    def train(args):
+        raise RuntimeError("shapes differ")
+
+    monkeypatch.setattr(row.module, "train", train)
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        call(row, *row.tiny.split())
+
+
+def test_log_is_no_text(row, call, tmp_path):
+    """A log of bytes that are no text is named, and left as it is."""
+    flags = [*row.tiny.split(), "--run", tmp_path / "run", "--max-steps"]
+    assert call(row, *flags, 1).code == 0
+    log = tmp_path / "run" / "log.jsonl"
+    log.write_bytes(b"\xff\xfe\xff\n")
+    assert_refused(call(row, *flags, 2), str(log))
+    assert log.read_bytes() == b"\xff\xfe\xff\n"
+
+
+def test_fresh_in_this_folder(row, call):
+    """The folder that one works in cannot be moved aside."""
+    assert call(row, *row.tiny.split(), "--run", ".", "--max-steps", 1).code == 0
+    assert_refused(call(row, *row.tiny.split(), "--run", ".", "--max-steps", 1, "--fresh"), "--fresh")
+
+
+class Huge:
+    """Pickled as a numpy array of 64 GiB of which the file has not a byte."""
+
+    def __reduce__(self):
+        return np.empty(0).__reduce__()[0], (np.ndarray, (2**36,), b"b")
+
+
+def test_pickle_of_gigabytes(tmp_path):
+    """Arrays take the memory of their bytes, whatever size they claim; usual ones are read as they are."""
+    (tmp_path / "huge.pickle").write_bytes(pickle.dumps([Huge()]))
+    assert text2img.read_vectors(tmp_path / "huge.pickle", 8).shape == (0, 8)
+    codes = np.random.default_rng(0).normal(size=(3, 8)).astype(np.float32)
+    for protocol in range(5):
+        (tmp_path / "codes.pickle").write_bytes(pickle.dumps([codes, codes], protocol))
+        found = text2img.read_vectors(tmp_path / "codes.pickle", 8)
+        assert torch.equal(found, torch.from_numpy(np.concatenate([codes, codes])))
+
+
+class Zeros:
+    """A file of so many zeros."""
+
+    def __init__(self, size):
+        self.left = size
+
+    def read(self, size=-1):
+        size = min(size, self.left)
+        self.left -= size
+        return bytes(size)
+
+
+SIZE = 3 * 2**29  # 1.5 GiB, of which a few megabytes are left when packed
+
+
+def test_tar_bomb(call, tmp_path):
+    """A tar that unpacks to far more than its size is refused before it does, and nothing is left of it."""
+    with tarfile.open(tmp_path / "facades.tar.gz", "w:gz", compresslevel=1) as tar:
+        member = tarfile.TarInfo("facades/train/0.png")
+        member.size = SIZE
+        tar.addfile(member, Zeros(SIZE))
+    result = call(PIX2PIX, "--data", "facades", "--data-root", tmp_path, "--run", tmp_path / "run", "--device", "cpu")
+    assert_refused(result, "facades.tar.gz")
+    assert "gigabyte" in result.err and [path.name for path in tmp_path.iterdir()] == ["facades.tar.gz"]
+
+
+def test_zip_bomb(call, tmp_path):
+    """And so is a zip."""
+    with zipfile.ZipFile(tmp_path / "facades.zip", "w", zipfile.ZIP_DEFLATED, compresslevel=1) as bundle:
+        with bundle.open("facades/trainA/0.png", "w", force_zip64=True) as file:
+            for _ in range(SIZE // 2**24):
+                file.write(bytes(2**24))
+    result = call(CYCLEGAN, "--data", "facades", "--data-root", tmp_path, "--run", tmp_path / "run", "--device", "cpu")
+    assert_refused(result, "facades.zip")
+    assert "gigabyte" in result.err and [path.name for path in tmp_path.iterdir()] == ["facades.zip"]
+
+
+def test_size_in_all(tmp_path):
+    """What counts is the sum over all members, each with its header."""
+    members = [tarfile.TarInfo(str(i)) for i in range(3)]
+    for member in members:
+        member.size = 488
+    assert [*pix2pix.bounded(members, 3000)] == members
+    with pytest.raises(ValueError, match="20 times"):
+        [*pix2pix.bounded(members, 2999)]
