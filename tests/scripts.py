@@ -426,7 +426,8 @@ ROWS = [
 
 def environment(**more):
     """The environment of a child process: one thread, and nothing of this repository within its reach."""
-    kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "COLUMNS")}
+    dropped = "PYTHONPATH", "COLUMNS", "PYTEST_XDIST_WORKER"
+    kept = {name: value for name, value in os.environ.items() if name not in dropped}
     return kept | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"} | more
 
 

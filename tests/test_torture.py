@@ -10,7 +10,6 @@ import os
 import shutil
 import signal
 import sqlite3
-import tempfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -39,7 +38,6 @@ from torture import (
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="nothing can be forked here")
 ORDER = ("cache", "config", "log", "checkpoint", "sample", "figure")  # in which a run first writes to files
-NOBODY = 65534
 
 
 def of(*names):
@@ -106,10 +104,8 @@ class Run:
         shutil.rmtree(self.folder / name)
 
     def allow(self, mode, path=None):
-        """Set what its owner may do in a folder or, without `path`, in all of them, and who that is."""
+        """Set what its owner may do in a folder or, without `path`, in all of them."""
         for folder in [path] if path else [self.folder, *self.folder.rglob("*")]:
-            if os.getuid() == 0:
-                os.chown(folder, NOBODY, NOBODY)
             folder.chmod(mode)
 
 
@@ -377,29 +373,24 @@ def test_file_size_limit(run):
 
 
 @pytest.fixture
-def mine(lab, row):
-    """A case in a folder that belongs to somebody who is not root, and children that are."""
-    with tempfile.TemporaryDirectory() as folder:
-        Path(folder).chmod(0o777)
-        run = Run(lab, row, Path(folder).resolve() / "case")
-        yield run
-        for child in run.children:
-            run.kill(child)
-        run.allow(0o755)
+def mine(run):
+    """A case with folders that nobody may write to, not even root, until the end of the test."""
+    yield run
+    run.allow(0o755)
 
 
 @of("pix2pix", "text2img")
 def test_read_only_run(mine):
     """A run folder that cannot be written to is refused by name, and stays as it is; later it goes on."""
     mine.allow(0o755)
-    assert mine.do(aim=["update", 4, "SIGTERM"], user=NOBODY).code == 143
+    assert mine.do(aim=["update", 4, "SIGTERM"], plain=True).code == 143
     before = snapshot(mine.path)
     mine.allow(0o555, mine.path)
-    result = mine.do(user=NOBODY)
+    result = mine.do(plain=True)
     assert_refused(result, os.strerror(errno.EACCES))
     assert "run/" in result.err and snapshot(mine.path) == before
     mine.allow(0o755, mine.path)
-    assert mine.do(user=NOBODY).code == 0
+    assert mine.do(plain=True).code == 0
     assert mine.problems() == []
 
 
@@ -408,7 +399,7 @@ def test_read_only_folder_of_runs(mine):
     """Where no run folder can be made, that is said, and nothing is."""
     before = snapshot(mine.folder)
     mine.allow(0o555)
-    result = mine.do(user=NOBODY)
+    result = mine.do(plain=True)
     assert_refused(result, os.strerror(errno.EACCES))
     assert snapshot(mine.folder) == before
 
@@ -419,8 +410,8 @@ def test_read_only_data(mine):
     before = snapshot(mine.folder / "set")
     mine.allow(0o755)
     mine.allow(0o555, mine.folder / "set")
-    assert mine.do("--max-steps", 4, user=NOBODY).code == 0
-    assert mine.do(user=NOBODY).code == 0
+    assert mine.do("--max-steps", 4, plain=True).code == 0
+    assert mine.do(plain=True).code == 0
     assert snapshot(mine.folder / "set") == before
     assert_same_run(mine.path, mine.whole.folder / "run")
     assert (mine.folder / "cache").exists() == (mine.row.name == "pix2pix")
@@ -433,7 +424,7 @@ def test_use_of_a_read_only_run(mine):
     flags, to, sizes = mine.row.use(mine.folder / "use", mine.path)
     mine.allow(0o755)
     mine.allow(0o555, mine.path)
-    result = mine.do(*flags[flags.index("--run") :], user=NOBODY)
+    result = mine.do(*flags[flags.index("--run") :], plain=True)
     assert (result.code, result.err) == (0, "")
     assert {name: Image.open(to / name).size for name in sizes} == sizes
 
