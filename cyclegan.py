@@ -20,6 +20,7 @@ import argparse
 import contextlib
 import functools
 import hashlib
+import io
 import itertools
 import json
 import logging
@@ -41,6 +42,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from torch import distributed as dist
 from torch import nn
 from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import make_grid
@@ -60,6 +62,7 @@ TERMS = {  # of the objective: GAN, forward cycle, backward cycle, identity; all
 }
 PARTS = ("G", "F", "D_X", "D_Y", "pool_X", "pool_Y", "opt_G", "opt_D")
 ADVICE = "lower --lr, or use --precision fp32"  # against what is not finite
+RANK, WORLD = (int(os.environ.get(name, start)) for name, start in (("RANK", 0), ("WORLD_SIZE", 1)))  # torchrun
 FREE = "settings data_root run max_steps save_every skip_bad fresh device bf16 translate direction to"  # may change
 
 
@@ -99,6 +102,7 @@ def get_args(argv=None):
     add("--direction", choices=("AtoB", "BtoA"), default="AtoB", help="of --translate: by G, or by F")
     add("--to", type=Path, help="folder for translations (RUN/translated)")
     parser.set_defaults(**SETS.get(parser.parse_known_args(argv)[0].data, {}))
+    parser.set_defaults(batch_size=math.ceil(parser.get_default("batch_size") / WORLD) * WORLD)  # a share each
     args = parser.parse_args(argv)
     args.load_size = args.load_size or args.size * 286 // 256
     args.blocks = (9 if args.size >= 256 else 6) if args.blocks is None else args.blocks
@@ -209,14 +213,14 @@ class Pool(nn.Module):
 
     def forward(self, fake):
         size, shown = len(self.images), []
-        for image in fake.split(1) if size else ():
+        for image in gathered(fake).split(1) if size else ():
             full, swap = self.count == size, torch.rand(1, device=fake.device) < 0.5
             place = torch.where(full, torch.randint(size, (1,), device=fake.device), self.count)
             past = self.images.index_select(0, place)
             shown.append(torch.where(full & swap, past, image))
             self.images.index_copy_(0, place, torch.where(full & ~swap, past, image))
             self.count.add_(~full)
-        return torch.cat(shown) if size else fake
+        return torch.cat(shown)[RANK::WORLD] if size else fake
 
 
 def init_weights(net):
@@ -318,13 +322,13 @@ def train(args):
                 optimiser.param_groups[0]["lr"].fill_(args.lr * (1 - decay))
             torch.manual_seed(hash((args.seed, step)))  # of the pools; so that an update is the same after a stop
             losses = update(x, y)
-            saving = stopped or step == goal or step % args.save_every == 0 or time.monotonic() - saved > 600
+            saving = agreed(stopped) or step == goal or step % args.save_every == 0 or time.monotonic() - saved > 600
             row = report(args, step, goal, epoch, losses, row, saving or step == begun + 1)
-            if saving:
+            if saving and not RANK:
                 paint(args, state, tests, args.run / "samples" / f"{step:07}.png", 4)
                 saved = save(args, state, step)
-                if stopped:
-                    break
+            if stopped:
+                break
     with locked(args.run, 60):
         if not (grid := args.run / "samples" / f"{goal:07}-test.png").exists():
             paint(args, state, tests, grid, 16, args.run / "test")
@@ -373,6 +377,9 @@ def locked(path, wait=0):  # same as pix2pix.py
     However a process ends, it leaves. Where a file system has no locks, or nothing can be written, all are let in.
     """
     whole, until = path.resolve(), time.monotonic() + wait
+    if RANK and not wait:  # a run folder is the first process's
+        yield
+        return
     lock = whole.with_name(f".{whole.name.lstrip('.')}.lock")
     while True:
         held = None
@@ -414,8 +421,10 @@ def signals():  # same as pix2pix.py
     finally:
         for kind, handler in zip(kinds, before):
             signal.signal(kind, handler)
-    if caught:
-        sys.exit(128 + caught[0])
+    if WORLD > 1:
+        dist.destroy_process_group()
+    if caught or RANK:
+        sys.exit(128 + caught[0] if caught else 0)
 
 
 def settle(args, zeros):  # same as gan.py
@@ -426,6 +435,10 @@ def settle(args, zeros):  # same as gan.py
         if type(value) in limits and not least <= value < limits[type(value)]:
             refuse(f"--{name.replace('_', '-')} {value}: give a number from {least} up, below {limits[type(value)]}")
     args.run = args.run or Path("runs", f"{SCRIPT}-{Path(args.data).resolve().name}")
+    if args.batch_size % WORLD:
+        refuse(f"--batch-size {args.batch_size}: give a multiple of {WORLD}, the number of processes")
+    if WORLD > 1 and torch.accelerator.is_available():
+        torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
     args.device = args.device or str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     with blame(f"--device {args.device} is not to be had on this machine: leave it out to use what there is"):
         args.device = str(torch.zeros(1, device=args.device).device)
@@ -625,7 +638,7 @@ def batches(args, xs, ys, step):
     orders = functools.lru_cache(2)(lambda epoch: np.random.default_rng([args.seed, epoch]).permutation(count).tolist())
     for first in itertools.count(step * args.batch_size, args.batch_size):
         batch = []
-        for k in range(first, first + args.batch_size):
+        for k in range(first + RANK, first + args.batch_size, WORLD):
             rng = np.random.default_rng([args.seed, k, 1])
             for pixels in (xs[1](orders(k // count)[k % count] % xs[0]), ys[1](int(rng.integers(ys[0])))):
                 top, left = rng.integers(0, args.load_size - args.size + 1, 2)
@@ -711,10 +724,10 @@ def save(args, state, step):  # same as pix2pix.py
     return time.monotonic()
 
 
-def read_checkpoint(path, device):  # same as pix2pix.py
+def read_checkpoint(path, device, file=None):  # same as pix2pix.py
     """The dict that `save` wrote; no code that it may hold is run."""
     with blame(f"{path} cannot be used as a checkpoint of {SCRIPT}.py"):
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        checkpoint = torch.load(file or path, map_location=device, weights_only=True)
         if (checkpoint["script"], checkpoint["version"]) != (SCRIPT, 1):
             raise ValueError(f"it is one of {checkpoint['script']}.py, version {checkpoint['version']}")
         return checkpoint
@@ -725,12 +738,12 @@ def resume(args, state, count):  # same as pix2pix.py
     now = {name: value for name, value in vars(args).items() if name not in FREE.split()}
     now = args.settings = now | {"data": Path(args.data).resolve().name, "count": count}
     olds = (args.run.with_name(f"{args.run.name}.old-{n}") for n in itertools.count(1))
-    if args.fresh and args.run.exists():
+    if args.fresh and args.run.exists() and not RANK:
         with blame(f"{args.run} cannot be moved aside for --fresh"):
             args.run.rename(next(old for old in olds if not old.exists()))
     path, log, step = args.run / "last.pt", args.run / "log.jsonl", 0
-    if path.exists():
-        then = read_checkpoint(path, args.device)
+    if file := joined(state, path):
+        then = read_checkpoint(path, args.device, file)
         with blame(f"{path} is damaged: --fresh starts over and keeps it"):
             old, step = then["settings"], int(then["step"])
             if differ := [f"{name} {old.get(name)}" for name in now | old if now.get(name) != old.get(name)]:
@@ -739,6 +752,8 @@ def resume(args, state, count):  # same as pix2pix.py
                 part.load_state_dict(then[name])
                 for group in getattr(part, "param_groups", []):  # whatever device the checkpoint came from
                     group.update({"capturable": "cuda" in args.device} if "capturable" in group else {})
+    if RANK:
+        return step
     for part in args.run.rglob("*.part"):  # of a file that a kill cut off
         part.unlink()
     with replacing(args.run / "config.json") as file:
@@ -749,6 +764,47 @@ def resume(args, state, count):  # same as pix2pix.py
     return step
 
 
+def joined(state, path):  # same as pix2pix.py
+    """One of the processes of torchrun becomes one of many. Returns a file like `path` of the first, or None.
+
+    From now on optimisers take the mean of the gradients over all processes.
+    """
+    if WORLD == 1:
+        return path if path.exists() else None
+    dist.init_process_group()
+    for part in state.values():
+        if isinstance(part, torch.optim.Optimizer):
+            part.register_step_pre_hook(average)
+    sent = [path.read_bytes() if path.exists() and not RANK else None]
+    dist.broadcast_object_list(sent)
+    return sent[0] and io.BytesIO(sent[0])
+
+
+def average(optimiser, *_):  # same as pix2pix.py
+    """Make the gradients that an optimiser is about to take those of the whole batch, in one message."""
+    grads = [weight.grad for group in optimiser.param_groups for weight in group["params"] if weight.grad is not None]
+    if grads:
+        flat = nn.utils.parameters_to_vector(grads)
+        dist.all_reduce(flat)
+        nn.utils.vector_to_parameters(flat / WORLD, grads)
+
+
+def gathered(x):
+    """x (N, ...) of all processes, in the order of the whole batch. -> (WORLD * N, ...)"""
+    if WORLD == 1:
+        return x
+    dist.all_gather(parts := [torch.empty_like(x) for _ in range(WORLD)], x)
+    return torch.stack(parts, 1).flatten(0, 1)
+
+
+def agreed(stopped):  # same as pix2pix.py
+    """The list of signals, with what any of the processes was sent, so that all stop at the same update."""
+    if WORLD > 1:
+        dist.all_reduce(last := torch.tensor(stopped[-1] if stopped else 0), dist.ReduceOp.MAX)
+        stopped += [last.item()] * (last.item() > 0)
+    return stopped
+
+
 def report(args, step, goal, epoch, losses, last, must):  # same as pix2pix.py
     """Print and log the losses now and then, or if it `must`. Takes and returns time and step of the `last` row."""
     now, terminal = time.monotonic(), sys.stdout.isatty()
@@ -757,7 +813,7 @@ def report(args, step, goal, epoch, losses, last, must):  # same as pix2pix.py
         losses = {name: loss.item() for name, loss in losses.items()}
         if not all(map(math.isfinite, losses.values())):
             refuse(f"update {step} has a loss that is not finite, {losses}; last.pt stays as it was: {ADVICE}")
-    if not due:
+    if not due or RANK:
         return last
     rate = (step - last[1]) * args.batch_size / (now - last[0])
     with blame(f"{args.run}/log.jsonl cannot be written"), open(args.run / "log.jsonl", "a") as log:
@@ -766,6 +822,13 @@ def report(args, step, goal, epoch, losses, last, must):  # same as pix2pix.py
     text = f"{step}/{goal} {rate:.3g} images/s {left} left " + " ".join(f"{n} {x:.3g}" for n, x in losses.items())
     print(f"\r{text:<79.79}" if terminal else text, end="\n" if step == goal or not terminal else "", flush=True)
     return now, step
+
+
+def first_to_say():  # same as pix2pix.py
+    """Whether no other process of torchrun has said a sentence: one is enough."""
+    with contextlib.suppress(Exception):
+        return WORLD == 1 or next(dist.rendezvous("env://", timeout=timedelta(seconds=9)))[0].add("said", 1) == 1
+    return True
 
 
 def main(argv=None):  # same as pix2pix.py
@@ -777,14 +840,19 @@ def main(argv=None):  # same as pix2pix.py
     warnings.simplefilter("error", Image.DecompressionBombWarning)  # above 89 million pixels
     try:
         args = get_args(argv)
+        if RANK and args.translate:  # one process is enough
+            return None
         return (translate if args.translate else train)(args)
     except (SystemExit, OSError, MemoryError, RuntimeError) as error:
         status, said = getattr(error, "code", None), str(error).partition("\n")[0]
         full = status is None and (isinstance(error, MemoryError) or "allocate" in said or "out of memory" in said)
-        if isinstance(status, int) or isinstance(error, RuntimeError) and not full:
+        lost = WORLD > 1 and isinstance(error, RuntimeError) and any(name in str(error) for name in ("gloo", "NCCL"))
+        if isinstance(status, int) or isinstance(error, RuntimeError) and not full and not lost:
             raise
-        less = f"{SCRIPT}.py: out of memory: lower --batch-size or --size"
-        print(less if full else said, file=sys.stderr)
+        said = "out of memory: lower --batch-size or --size" if full else said
+        said = "another process has ended: repeat the command, it goes on from last.pt" if lost else said
+        if first_to_say():
+            print(f"{SCRIPT}.py: {said.removeprefix(f'{SCRIPT}.py: ')}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -19,6 +19,7 @@ import argparse
 import contextlib
 import functools
 import hashlib
+import io
 import itertools
 import json
 import logging
@@ -41,6 +42,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageCms, ImageFilter, ImageOps
+from torch import distributed as dist
 from torch import nn
 from torch.nn import functional as F
 from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
@@ -59,6 +61,7 @@ SETS = {  # the named sets, and what each changes
 MADE = {"gray": (1, 2), "hole": (3, 3), "edges": (1, 3)}  # channels of input and output, --from photos
 PROFILES = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
 ADVICE = "lower --lr, or use --precision fp32"  # against what is not finite
+RANK, WORLD = (int(os.environ.get(name, start)) for name, start in (("RANK", 0), ("WORLD_SIZE", 1)))  # torchrun
 FREE = "settings data_root run max_steps save_every skip_bad fresh device bf16 translate to eval"  # may change
 
 
@@ -98,6 +101,7 @@ def get_args(argv=None):
     add("--to", type=Path, help="folder for translations (RUN/translated)")
     add("--eval", action="store_true", help="translate without dropout, with running averages, unlike the paper")
     parser.set_defaults(**SETS.get(parser.parse_known_args(argv)[0].data, {}))
+    parser.set_defaults(batch_size=math.ceil(parser.get_default("batch_size") / WORLD) * WORLD)  # a share each
     args = parser.parse_args(argv)
     limits = {int: 2**63, float: math.inf}
     for name, value in vars(args).items():
@@ -111,6 +115,10 @@ def get_args(argv=None):
         refuse(f"--size {args.size}: give a power of two above 2 * 2**n_layers, 16 to --load-size {args.load_size}")
     if args.source and (args.data in SETS or args.direction == "BtoA"):
         refuse(f"--from {args.source} needs a folder of photos as --data, and no --direction")
+    if args.batch_size % WORLD:
+        refuse(f"--batch-size {args.batch_size}: give a multiple of {WORLD}, the number of processes")
+    if WORLD > 1 and torch.accelerator.is_available():
+        torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
     args.device = args.device or str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     with blame(f"--device {args.device} is not to be had on this machine: leave it out to use what there is"):
         args.device = str(torch.zeros(1, device=args.device).device)
@@ -250,15 +258,15 @@ def train(args):
             decay = max(0, epoch - args.epochs + args.decay_epochs) / (args.decay_epochs + 1)
             for optimiser in (state["opt_D"], state["opt_G"]):
                 optimiser.param_groups[0]["lr"].fill_(args.lr * (1 - decay))
-            torch.manual_seed(hash((args.seed, step)))  # dropout; so that an update is the same after a stop
+            torch.manual_seed(hash((args.seed, step)) + RANK)  # dropout; so that an update is the same after a stop
             losses = update(x, y)
-            saving = stopped or step == goal or step % args.save_every == 0 or time.monotonic() - saved > 600
+            saving = agreed(stopped) or step == goal or step % args.save_every == 0 or time.monotonic() - saved > 600
             row = report(args, step, goal, epoch, losses, row, saving or step == begun + 1)
-            if saving:
+            if saving and not RANK:
                 paint(args, state["G"], tests[:4], read_test, args.run / "samples" / f"{step:07}.png")
                 saved = save(args, state, step)
-                if stopped:
-                    break
+            if stopped:
+                break
     with locked(args.run, 60):
         if not (grid := args.run / "samples" / f"{goal:07}-test.png").exists():
             paint(args, state["G"], tests, read_test, grid, args.run / "test")
@@ -307,6 +315,9 @@ def locked(path, wait=0):
     However a process ends, it leaves. Where a file system has no locks, or nothing can be written, all are let in.
     """
     whole, until = path.resolve(), time.monotonic() + wait
+    if RANK and not wait:  # a run folder is the first process's
+        yield
+        return
     lock = whole.with_name(f".{whole.name.lstrip('.')}.lock")
     while True:
         held = None
@@ -348,8 +359,10 @@ def signals():
     finally:
         for kind, handler in zip(kinds, before):
             signal.signal(kind, handler)
-    if caught:
-        sys.exit(128 + caught[0])
+    if WORLD > 1:
+        dist.destroy_process_group()
+    if caught or RANK:
+        sys.exit(128 + caught[0] if caught else 0)
 
 
 def streets(count, seed, size=64):
@@ -574,7 +587,7 @@ def batches(args, count, read, step):
     orders = functools.lru_cache(2)(lambda epoch: np.random.default_rng([args.seed, epoch]).permutation(count).tolist())
     for first in itertools.count(step * args.batch_size, args.batch_size):
         batch = []
-        for k in range(first, first + args.batch_size):
+        for k in range(first + RANK, first + args.batch_size, WORLD):
             rng = np.random.default_rng([args.seed, k, 1])
             top, left = rng.integers(0, args.load_size - args.size + 1, 2)
             pair = read(orders(k // count)[k % count])[:, top : top + args.size, left : left + args.size]
@@ -657,10 +670,10 @@ def save(args, state, step):
     return time.monotonic()
 
 
-def read_checkpoint(path, device):
+def read_checkpoint(path, device, file=None):
     """The dict that `save` wrote; no code that it may hold is run."""
     with blame(f"{path} cannot be used as a checkpoint of {SCRIPT}.py"):
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        checkpoint = torch.load(file or path, map_location=device, weights_only=True)
         if (checkpoint["script"], checkpoint["version"]) != (SCRIPT, 1):
             raise ValueError(f"it is one of {checkpoint['script']}.py, version {checkpoint['version']}")
         return checkpoint
@@ -671,12 +684,12 @@ def resume(args, state, count):
     now = {name: value for name, value in vars(args).items() if name not in FREE.split()}
     now = args.settings = now | {"data": Path(args.data).resolve().name, "count": count}
     olds = (args.run.with_name(f"{args.run.name}.old-{n}") for n in itertools.count(1))
-    if args.fresh and args.run.exists():
+    if args.fresh and args.run.exists() and not RANK:
         with blame(f"{args.run} cannot be moved aside for --fresh"):
             args.run.rename(next(old for old in olds if not old.exists()))
     path, log, step = args.run / "last.pt", args.run / "log.jsonl", 0
-    if path.exists():
-        then = read_checkpoint(path, args.device)
+    if file := joined(state, path):
+        then = read_checkpoint(path, args.device, file)
         with blame(f"{path} is damaged: --fresh starts over and keeps it"):
             old, step = then["settings"], int(then["step"])
             if differ := [f"{name} {old.get(name)}" for name in now | old if now.get(name) != old.get(name)]:
@@ -685,6 +698,8 @@ def resume(args, state, count):
                 part.load_state_dict(then[name])
                 for group in getattr(part, "param_groups", []):  # whatever device the checkpoint came from
                     group.update({"capturable": "cuda" in args.device} if "capturable" in group else {})
+    if RANK:
+        return step
     for part in args.run.rglob("*.part"):  # of a file that a kill cut off
         part.unlink()
     with replacing(args.run / "config.json") as file:
@@ -695,6 +710,39 @@ def resume(args, state, count):
     return step
 
 
+def joined(state, path):
+    """One of the processes of torchrun becomes one of many. Returns a file like `path` of the first, or None.
+
+    From now on optimisers take the mean of the gradients over all processes.
+    """
+    if WORLD == 1:
+        return path if path.exists() else None
+    dist.init_process_group()
+    for part in state.values():
+        if isinstance(part, torch.optim.Optimizer):
+            part.register_step_pre_hook(average)
+    sent = [path.read_bytes() if path.exists() and not RANK else None]
+    dist.broadcast_object_list(sent)
+    return sent[0] and io.BytesIO(sent[0])
+
+
+def average(optimiser, *_):
+    """Make the gradients that an optimiser is about to take those of the whole batch, in one message."""
+    grads = [weight.grad for group in optimiser.param_groups for weight in group["params"] if weight.grad is not None]
+    if grads:
+        flat = nn.utils.parameters_to_vector(grads)
+        dist.all_reduce(flat)
+        nn.utils.vector_to_parameters(flat / WORLD, grads)
+
+
+def agreed(stopped):
+    """The list of signals, with what any of the processes was sent, so that all stop at the same update."""
+    if WORLD > 1:
+        dist.all_reduce(last := torch.tensor(stopped[-1] if stopped else 0), dist.ReduceOp.MAX)
+        stopped += [last.item()] * (last.item() > 0)
+    return stopped
+
+
 def report(args, step, goal, epoch, losses, last, must):
     """Print and log the losses now and then, or if it `must`. Takes and returns time and step of the `last` row."""
     now, terminal = time.monotonic(), sys.stdout.isatty()
@@ -703,7 +751,7 @@ def report(args, step, goal, epoch, losses, last, must):
         losses = {name: loss.item() for name, loss in losses.items()}
         if not all(map(math.isfinite, losses.values())):
             refuse(f"update {step} has a loss that is not finite, {losses}; last.pt stays as it was: {ADVICE}")
-    if not due:
+    if not due or RANK:
         return last
     rate = (step - last[1]) * args.batch_size / (now - last[0])
     with blame(f"{args.run}/log.jsonl cannot be written"), open(args.run / "log.jsonl", "a") as log:
@@ -712,6 +760,13 @@ def report(args, step, goal, epoch, losses, last, must):
     text = f"{step}/{goal} {rate:.3g} images/s {left} left " + " ".join(f"{n} {x:.3g}" for n, x in losses.items())
     print(f"\r{text:<79.79}" if terminal else text, end="\n" if step == goal or not terminal else "", flush=True)
     return now, step
+
+
+def first_to_say():
+    """Whether no other process of torchrun has said a sentence: one is enough."""
+    with contextlib.suppress(Exception):
+        return WORLD == 1 or next(dist.rendezvous("env://", timeout=timedelta(seconds=9)))[0].add("said", 1) == 1
+    return True
 
 
 def main(argv=None):
@@ -723,14 +778,19 @@ def main(argv=None):
     warnings.simplefilter("error", Image.DecompressionBombWarning)  # above 89 million pixels
     try:
         args = get_args(argv)
+        if RANK and args.translate:  # one process is enough
+            return None
         return (translate if args.translate else train)(args)
     except (SystemExit, OSError, MemoryError, RuntimeError) as error:
         status, said = getattr(error, "code", None), str(error).partition("\n")[0]
         full = status is None and (isinstance(error, MemoryError) or "allocate" in said or "out of memory" in said)
-        if isinstance(status, int) or isinstance(error, RuntimeError) and not full:
+        lost = WORLD > 1 and isinstance(error, RuntimeError) and any(name in str(error) for name in ("gloo", "NCCL"))
+        if isinstance(status, int) or isinstance(error, RuntimeError) and not full and not lost:
             raise
-        less = f"{SCRIPT}.py: out of memory: lower --batch-size or --size"
-        print(less if full else said, file=sys.stderr)
+        said = "out of memory: lower --batch-size or --size" if full else said
+        said = "another process has ended: repeat the command, it goes on from last.pt" if lost else said
+        if first_to_say():
+            print(f"{SCRIPT}.py: {said.removeprefix(f'{SCRIPT}.py: ')}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -21,6 +21,7 @@ import argparse
 import contextlib
 import functools
 import hashlib
+import io
 import itertools
 import json
 import logging
@@ -41,6 +42,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageOps
+from torch import distributed as dist
 from torch import nn
 from torch.nn import functional as F
 from torchvision.transforms.v2.functional import pil_to_tensor, resize, to_pil_image
@@ -64,6 +66,7 @@ SENTENCES = [
     "{3} background, {2} {1} {0}",
 ]
 ADVICE = "lower --lr, or use --precision fp32"  # against what is not finite
+RANK, WORLD = (int(os.environ.get(name, start)) for name, start in (("RANK", 0), ("WORLD_SIZE", 1)))  # torchrun
 FREE = "settings data_root run max_steps save_every skip_bad fresh device bf16 sample prompt to"  # may change
 
 
@@ -108,6 +111,7 @@ def get_args(argv=None):
     add("--sample", type=int, metavar="N", help="draw N images for each --prompt (16)")
     add("--to", type=Path, help="folder for them (RUN/sampled)")
     parser.set_defaults(**SETS.get(parser.parse_known_args(argv)[0].data, {}))
+    parser.set_defaults(batch_size=math.ceil(parser.get_default("batch_size") / WORLD) * WORLD)  # a share each
     args = parser.parse_args(argv)
     args.load_size = args.load_size or args.size * 19 // 16
     if args.size not in (16, 32, 64, 128) or args.load_size < args.size:
@@ -311,7 +315,7 @@ def make_step(args, state):
         opt_D.zero_grad()
         opt_G.zero_grad()
         with torch.autocast(x.device.type, torch.bfloat16, args.bf16):
-            fake = G(torch.randn(len(asked), args.nz, device=x.device), asked)
+            fake = G(torch.randn(WORLD * len(asked), args.nz, device=x.device)[RANK::WORLD], asked)
             # all pairs in one pass: in passes apart, batch norm lets D tell right from wrong by the batch, not the pair
             features = torch.cat([D.of_x(x).repeat(1 + len(wrong) // len(t), 1, 1, 1), D.of_x(fake)])
             logits = D.match(features, torch.cat([t, wrong, asked]))
@@ -337,7 +341,7 @@ def make_style_step(args, state):
     G, S, opt_S = state["G"], state["S"], state["opt_S"]
 
     def step(t):
-        z = torch.randn(len(t), args.nz, device=t.device)
+        z = torch.randn(WORLD * len(t), args.nz, device=t.device)[RANK::WORLD]
         opt_S.zero_grad()
         with torch.autocast(t.device.type, torch.bfloat16, args.bf16):
             with torch.no_grad():
@@ -373,13 +377,14 @@ def train(args):
             batch = draw_batch(args, data, codes, phase, done)
             torch.manual_seed(hash((args.seed, step)))  # z; so that an update is the same after a stop
             losses = updates[phase](*batch)
-            saving = stopped or step in (*ends, goal) or step % args.save_every == 0 or time.monotonic() - saved > 600
+            due = step in (*ends, goal) or step % args.save_every == 0 or time.monotonic() - saved > 600
+            saving = agreed(stopped) or due
             row = report(args, step, goal, epoch, losses, row, saving or step == begun + 1)
-            if saving:
+            if saving and not RANK:
                 paint_sentences(args.run / "samples" / f"{step:07}.png", args, state, data)
                 saved = save(args, state, step)
-                if stopped:
-                    break
+            if stopped:
+                break
     with locked(args.run, 60):
         paint_figures(args, state, data)
     print(f"{args.run} is finished, {goal} updates: see its pictures; --fresh starts over")
@@ -427,6 +432,9 @@ def locked(path, wait=0):  # same as pix2pix.py
     However a process ends, it leaves. Where a file system has no locks, or nothing can be written, all are let in.
     """
     whole, until = path.resolve(), time.monotonic() + wait
+    if RANK and not wait:  # a run folder is the first process's
+        yield
+        return
     lock = whole.with_name(f".{whole.name.lstrip('.')}.lock")
     while True:
         held = None
@@ -468,8 +476,10 @@ def signals():  # same as pix2pix.py
     finally:
         for kind, handler in zip(kinds, before):
             signal.signal(kind, handler)
-    if caught:
-        sys.exit(128 + caught[0])
+    if WORLD > 1:
+        dist.destroy_process_group()
+    if caught or RANK:
+        sys.exit(128 + caught[0] if caught else 0)
 
 
 def settle(args, zeros):  # same as gan.py
@@ -480,6 +490,10 @@ def settle(args, zeros):  # same as gan.py
         if type(value) in limits and not least <= value < limits[type(value)]:
             refuse(f"--{name.replace('_', '-')} {value}: give a number from {least} up, below {limits[type(value)]}")
     args.run = args.run or Path("runs", f"{SCRIPT}-{Path(args.data).resolve().name}")
+    if args.batch_size % WORLD:
+        refuse(f"--batch-size {args.batch_size}: give a multiple of {WORLD}, the number of processes")
+    if WORLD > 1 and torch.accelerator.is_available():
+        torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
     args.device = args.device or str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     with blame(f"--device {args.device} is not to be had on this machine: leave it out to use what there is"):
         args.device = str(torch.zeros(1, device=args.device).device)
@@ -724,12 +738,13 @@ def draw_batch(args, data, codes, phase, done):
             [order_of(args.seed, k // len(data.kinds), len(data.kinds))[k % len(data.kinds)] for k in places]
         )
     if phase == 2:
-        return (codes[said_of(chosen, args.average)].mean(1),)
-    x = []
-    for pixels in map(data.read, chosen.tolist()):
-        top, left = rng.integers(0, args.load_size - size + 1, 2)
-        pixels = pixels[:, top : top + size, left : left + size]
-        x.append(pixels.flip(-1) if rng.random() < 0.5 else pixels)
+        return (codes[said_of(chosen, args.average)].mean(1)[RANK::WORLD],)
+    x, (mine, world) = [], (RANK, WORLD) if phase else (0, 1)  # E's loss needs all pairs of a batch
+    for i, image in enumerate(chosen.tolist()):
+        (top, left), mirrored = rng.integers(0, args.load_size - size + 1, 2), rng.random() < 0.5
+        if i % world == mine:
+            pixels = data.read(image)[:, top : top + size, left : left + size]
+            x.append(pixels.flip(-1) if mirrored else pixels)
     x = torch.stack(x).to(args.device) / 127.5 - 1
     if phase == 0:
         return x, data.chars[said_of(chosen, 1)[:, 0]].long(), torch.from_numpy(kinds).to(args.device)
@@ -738,7 +753,8 @@ def draw_batch(args, data, codes, phase, done):
     t, wrong = (codes[said_of(images, args.average)].mean(1) for images in (chosen, others))
     wrong = wrong.view(args.near, args.wrong * count, -1)
     nearest = (wrong - t.repeat(args.wrong, 1)).square().sum(2).argmin(0)
-    return x, t, wrong[nearest, torch.arange(len(nearest), device=args.device)]
+    wrong = wrong[nearest, torch.arange(len(nearest), device=args.device)].view(args.wrong, count, -1)
+    return x, t[RANK::WORLD], wrong[:, RANK::WORLD].flatten(0, 1)
 
 
 @functools.lru_cache(2)
@@ -901,10 +917,10 @@ def save(args, state, step):  # same as pix2pix.py
     return time.monotonic()
 
 
-def read_checkpoint(path, device):  # same as pix2pix.py
+def read_checkpoint(path, device, file=None):  # same as pix2pix.py
     """The dict that `save` wrote; no code that it may hold is run."""
     with blame(f"{path} cannot be used as a checkpoint of {SCRIPT}.py"):
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        checkpoint = torch.load(file or path, map_location=device, weights_only=True)
         if (checkpoint["script"], checkpoint["version"]) != (SCRIPT, 1):
             raise ValueError(f"it is one of {checkpoint['script']}.py, version {checkpoint['version']}")
         return checkpoint
@@ -915,12 +931,12 @@ def resume(args, state, count):  # same as pix2pix.py
     now = {name: value for name, value in vars(args).items() if name not in FREE.split()}
     now = args.settings = now | {"data": Path(args.data).resolve().name, "count": count}
     olds = (args.run.with_name(f"{args.run.name}.old-{n}") for n in itertools.count(1))
-    if args.fresh and args.run.exists():
+    if args.fresh and args.run.exists() and not RANK:
         with blame(f"{args.run} cannot be moved aside for --fresh"):
             args.run.rename(next(old for old in olds if not old.exists()))
     path, log, step = args.run / "last.pt", args.run / "log.jsonl", 0
-    if path.exists():
-        then = read_checkpoint(path, args.device)
+    if file := joined(state, path):
+        then = read_checkpoint(path, args.device, file)
         with blame(f"{path} is damaged: --fresh starts over and keeps it"):
             old, step = then["settings"], int(then["step"])
             if differ := [f"{name} {old.get(name)}" for name in now | old if now.get(name) != old.get(name)]:
@@ -929,6 +945,8 @@ def resume(args, state, count):  # same as pix2pix.py
                 part.load_state_dict(then[name])
                 for group in getattr(part, "param_groups", []):  # whatever device the checkpoint came from
                     group.update({"capturable": "cuda" in args.device} if "capturable" in group else {})
+    if RANK:
+        return step
     for part in args.run.rglob("*.part"):  # of a file that a kill cut off
         part.unlink()
     with replacing(args.run / "config.json") as file:
@@ -939,6 +957,71 @@ def resume(args, state, count):  # same as pix2pix.py
     return step
 
 
+def joined(state, path):  # same as dcgan.py
+    """One of the processes of torchrun becomes one of many. Returns a file like `path` of the first, or None.
+
+    From now on optimisers take the mean of the gradients over all processes, and batch norm has the statistics
+    of the whole batch.
+    """
+    if WORLD == 1:
+        return path if path.exists() else None
+    dist.init_process_group()
+    for part in state.values():
+        if isinstance(part, torch.optim.Optimizer):
+            part.register_step_pre_hook(average)
+        for norm in part.modules() if isinstance(part, nn.Module) else ():
+            if isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d):
+                norm.forward = functools.partial(whole_norm, norm)
+    sent = [path.read_bytes() if path.exists() and not RANK else None]
+    dist.broadcast_object_list(sent)
+    return sent[0] and io.BytesIO(sent[0])
+
+
+class AllSum(torch.autograd.Function):  # same as dcgan.py
+    """A tensor (...) summed over all processes, and so is its gradient. -> (...)"""
+
+    @staticmethod
+    def forward(ctx, x):
+        dist.all_reduce(x := x.clone())
+        return x
+
+    @staticmethod
+    def backward(ctx, grad):
+        return AllSum.apply(grad)
+
+
+def whole_norm(norm, x):  # same as dcgan.py
+    """Batch norm, in training by the statistics of the whole batch over all processes: its size is the method's."""
+    if not norm.training:
+        return type(norm).forward(norm, x)
+    axes, shape, count = [0, *range(2, x.ndim)], (-1, *[1] * (x.ndim - 2)), x.numel() // x.shape[1] * WORLD
+    mean, square = AllSum.apply(torch.stack([x.float().mean(axes), x.float().square().mean(axes)])) / WORLD
+    var = square - mean**2
+    with torch.no_grad():
+        norm.running_mean.lerp_(mean, norm.momentum)
+        norm.running_var.lerp_(var * count / (count - 1), norm.momentum)
+        norm.num_batches_tracked.add_(1)
+    scaled = (x - mean.view(shape)) * (var + norm.eps).rsqrt().view(shape)
+    return (scaled * norm.weight.view(shape) + norm.bias.view(shape) if norm.affine else scaled).to(x.dtype)
+
+
+def average(optimiser, *_):  # same as pix2pix.py
+    """Make the gradients that an optimiser is about to take those of the whole batch, in one message."""
+    grads = [weight.grad for group in optimiser.param_groups for weight in group["params"] if weight.grad is not None]
+    if grads:
+        flat = nn.utils.parameters_to_vector(grads)
+        dist.all_reduce(flat)
+        nn.utils.vector_to_parameters(flat / WORLD, grads)
+
+
+def agreed(stopped):  # same as pix2pix.py
+    """The list of signals, with what any of the processes was sent, so that all stop at the same update."""
+    if WORLD > 1:
+        dist.all_reduce(last := torch.tensor(stopped[-1] if stopped else 0), dist.ReduceOp.MAX)
+        stopped += [last.item()] * (last.item() > 0)
+    return stopped
+
+
 def report(args, step, goal, epoch, losses, last, must):  # same as pix2pix.py
     """Print and log the losses now and then, or if it `must`. Takes and returns time and step of the `last` row."""
     now, terminal = time.monotonic(), sys.stdout.isatty()
@@ -947,7 +1030,7 @@ def report(args, step, goal, epoch, losses, last, must):  # same as pix2pix.py
         losses = {name: loss.item() for name, loss in losses.items()}
         if not all(map(math.isfinite, losses.values())):
             refuse(f"update {step} has a loss that is not finite, {losses}; last.pt stays as it was: {ADVICE}")
-    if not due:
+    if not due or RANK:
         return last
     rate = (step - last[1]) * args.batch_size / (now - last[0])
     with blame(f"{args.run}/log.jsonl cannot be written"), open(args.run / "log.jsonl", "a") as log:
@@ -956,6 +1039,13 @@ def report(args, step, goal, epoch, losses, last, must):  # same as pix2pix.py
     text = f"{step}/{goal} {rate:.3g} images/s {left} left " + " ".join(f"{n} {x:.3g}" for n, x in losses.items())
     print(f"\r{text:<79.79}" if terminal else text, end="\n" if step == goal or not terminal else "", flush=True)
     return now, step
+
+
+def first_to_say():  # same as pix2pix.py
+    """Whether no other process of torchrun has said a sentence: one is enough."""
+    with contextlib.suppress(Exception):
+        return WORLD == 1 or next(dist.rendezvous("env://", timeout=timedelta(seconds=9)))[0].add("said", 1) == 1
+    return True
 
 
 def main(argv=None):  # same as gan.py
@@ -967,14 +1057,19 @@ def main(argv=None):  # same as gan.py
     warnings.simplefilter("error", Image.DecompressionBombWarning)  # above 89 million pixels
     try:
         args = get_args(argv)
+        if RANK and args.sample:  # one process is enough
+            return None
         return (sample if args.sample else train)(args)
     except (SystemExit, OSError, MemoryError, RuntimeError) as error:
         status, said = getattr(error, "code", None), str(error).partition("\n")[0]
         full = status is None and (isinstance(error, MemoryError) or "allocate" in said or "out of memory" in said)
-        if isinstance(status, int) or isinstance(error, RuntimeError) and not full:
+        lost = WORLD > 1 and isinstance(error, RuntimeError) and any(name in str(error) for name in ("gloo", "NCCL"))
+        if isinstance(status, int) or isinstance(error, RuntimeError) and not full and not lost:
             raise
-        less = f"{SCRIPT}.py: out of memory: lower --batch-size or --size"
-        print(less if full else said, file=sys.stderr)
+        said = "out of memory: lower --batch-size or --size" if full else said
+        said = "another process has ended: repeat the command, it goes on from last.pt" if lost else said
+        if first_to_say():
+            print(f"{SCRIPT}.py: {said.removeprefix(f'{SCRIPT}.py: ')}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -38,6 +38,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported; results then ha
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import numpy as np
+import torch
 from PIL import Image
 from scripts import ROWS, environment, read_checkpoint, snapshot
 from test_resume import assert_same_run
@@ -112,8 +113,11 @@ def moment_of(path):
 
 
 def watch(module, aim, stepped):
-    """Let `aim` see each file that is opened to be written to, written, synced and renamed, and each update."""
-    true_open, paths = builtins.open, {}
+    """Let `aim` see each file that is opened to be written to, written, synced and renamed, and each update.
+
+    Returns a list that will hold the states that steps were made for.
+    """
+    true_open, paths, states = builtins.open, {}, []
 
     class Raw(io.FileIO):
         def __init__(self, path, mode):
@@ -151,6 +155,7 @@ def watch(module, aim, stepped):
     def watched_steps(make):
         def make_watched_step(*given):
             step = make(*given)
+            states.append(given[1])
 
             def watched_step(*batch):
                 aim.at("update")
@@ -165,6 +170,7 @@ def watch(module, aim, stepped):
     os.fsync, os.rename, os.replace = watched_sync, watched(os.rename), watched(os.replace)
     for name in [name for name in vars(module) if name.startswith("make_") and name.endswith("step")]:
         setattr(module, name, watched_steps(getattr(module, name)))
+    return states
 
 
 def resident():
@@ -181,7 +187,8 @@ def child(spec):
 
     spec: script, flags, cwd, log (LOG.out and LOG.err take what it prints, LOG.counts the moments that went by); and
     maybe aim (what Aim takes), host (in place of HOST), limit (on the bytes of a file), plain (without what root may),
-    every (updates between the rows of LOG.memory).
+    every (updates between the rows of LOG.memory), environ (what torchrun sets), quiet (without dropout, and with the
+    noise of one process), dump (a file for the state in which it ends).
     """
     row, log = next(row for row in ROWS if row.name == spec["script"]), spec["log"]
     aim = Aim(*spec.get("aim", ()), log=log)
@@ -197,7 +204,10 @@ def child(spec):
                 print(count, resident(), len(os.listdir("/dev/fd")), file=memory, flush=True)
 
         row.module.HOST = spec.get("host")
-        watch(row.module, aim, stepped)
+        states = watch(row.module, aim, stepped)
+        company(row.module, **spec.get("environ", {}))
+        if "quiet" in spec:
+            silence(row.module)
         try:
             row.module.main(spec["flags"])
             status = 0
@@ -207,6 +217,8 @@ def child(spec):
             traceback.print_exc()
             status = 1
         json.dump(aim.counts, counts)
+    if "dump" in spec and states:
+        torch.save({name: part.state_dict() for name, part in states[-1].items()}, spec["dump"])
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
@@ -223,6 +235,26 @@ def restrict(spec):
         header, nothing = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
         if ctypes.CDLL(None, use_errno=True).capset(header, nothing):
             raise OSError(ctypes.get_errno(), "capset")
+
+
+def company(module, **environ):
+    """Make a script, imported already, one of the processes of torchrun."""
+    os.environ.update(environ)
+    module.RANK, module.WORLD = int(environ.get("RANK", 0)), int(environ.get("WORLD_SIZE", 1))
+
+
+def silence(module):
+    """Take the noise out of a script that differs between one process and many: dropout, and z where it has dropout."""
+    torch.nn.Dropout.forward = lambda self, x: x
+    if hasattr(module, "draw_z"):
+        draw_z, calls = module.draw_z, itertools.count()
+
+        def draw_share(args, count):
+            with torch.random.fork_rng():
+                torch.manual_seed(next(calls))
+                return draw_z(args, count * module.WORLD)[module.RANK :: module.WORLD]
+
+        module.draw_z = draw_share
 
 
 def serve():
