@@ -60,7 +60,7 @@ SETS = {  # the named sets, and what each changes; size 64 and three channels ot
 LOSSES = {"ns": 2e-4, "minimax": 2e-4, "lsgan": 2e-4, "wgan": 5e-5, "wgan-gp": 1e-4}  # and their rates
 ADVICE = "lower --lr, or use --precision fp32"  # against what is not finite
 RANK, WORLD = (int(os.environ.get(name, start)) for name, start in (("RANK", 0), ("WORLD_SIZE", 1)))  # torchrun
-FREE = "settings data_root run max_steps save_every skip_bad fresh device bf16 sample to arithmetic turn"  # may change
+FREE = "settings data_root run max_steps save_every skip_bad fresh device bf16 no_capture sample to arithmetic turn"
 
 
 def get_args(argv=None):
@@ -88,6 +88,7 @@ def get_args(argv=None):
     add("--fresh", action="store_true", help="start over; the old run is kept as DIR.old-N")
     add("--device", help="cpu, cuda, cuda:1, mps, ... (the accelerator, if there is one)")
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 where it is much faster")
+    add("--no-capture", action="store_true", help="on CUDA: launch kernels one by one, not as a recorded graph")
     add("--sample", type=int, metavar="N", help="draw N images with what was trained, a numbered sheet and a walk")
     add("--arithmetic", metavar="SUM", help="means of samples by number, '3,7,12 - 5,8,9 + 1,2,4' (Fig. 7)")
     add("--turn", metavar="SUM", help="the way from one mean to another, '1,2,3,4 - 5,6,7,8' (Fig. 8)")
@@ -232,7 +233,7 @@ def train(args):
     with locked(args.run), signals() as stopped:
         begun = resume(args, state, count)
         goal = max(begun, min(math.ceil(args.epochs * count / args.batch_size / args.k), args.max_steps or math.inf))
-        update, row, saved = make_step(args, state), (time.monotonic(), begun), time.monotonic()
+        update, row, saved = capture(make_step(args, state), args), (time.monotonic(), begun), time.monotonic()
         for step, (epoch, x) in zip(range(begun + 1, goal + 1), batches(args, count, read, begun)):
             torch.manual_seed(hash((args.seed, step)))  # z; so that an update is the same after a stop
             losses = update(x)
@@ -622,7 +623,7 @@ def read_checkpoint(path, device, file=None):  # same as pix2pix.py
 
 def resume(args, state, count):  # same as pix2pix.py
     """Make RUN, or go on with it: load RUN/last.pt if it is there. Returns the step it was saved at, or 0."""
-    now = {name: value for name, value in vars(args).items() if name not in FREE.split()}
+    now = {name: value for name, value in vars(args).items() if name not in FREE.split()}  # others may not change
     now = args.settings = now | {"data": Path(args.data).resolve().name, "count": count}
     olds = (args.run.with_name(f"{args.run.name}.old-{n}") for n in itertools.count(1))
     if args.fresh and args.run.exists() and not RANK:
@@ -714,6 +715,36 @@ def agreed(stopped):  # same as pix2pix.py
         dist.all_reduce(last := torch.tensor(stopped[-1] if stopped else 0), dist.ReduceOp.MAX)
         stopped += [last.item()] * (last.item() > 0)
     return stopped
+
+
+def capture(step, args):  # same as pix2pix.py
+    """On CUDA `step` as one recorded graph, without a launch a kernel: three calls warm it up, the fourth records it.
+
+    Later ones replay it with new inputs of the same shapes; what they return is overwritten by the next call.
+    """
+    if "cuda" not in args.device or args.no_capture:
+        return step
+    graph, stream, still, losses = torch.cuda.CUDAGraph(), torch.cuda.Stream(args.device), [], {}
+    calls, current = itertools.count(1), torch.cuda.current_stream(args.device)
+
+    def replay(*batch):
+        if (call := next(calls)) < 4:
+            stream.wait_stream(current)
+            with torch.cuda.stream(stream):
+                found = step(*batch)
+            current.wait_stream(stream)
+            return found
+        if call == 4:
+            still.extend(part.clone() for part in batch)
+            with blame("an update cannot be recorded as a CUDA graph here: use --no-capture"):
+                with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                    losses.update(step(*still))
+        for kept, new in zip(still, batch):
+            kept.copy_(new)
+        graph.replay()
+        return losses
+
+    return replay
 
 
 def report(args, step, goal, epoch, losses, last, must):  # same as pix2pix.py

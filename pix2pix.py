@@ -62,7 +62,7 @@ MADE = {"gray": (1, 2), "hole": (3, 3), "edges": (1, 3)}  # channels of input an
 PROFILES = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
 ADVICE = "lower --lr, or use --precision fp32"  # against what is not finite
 RANK, WORLD = (int(os.environ.get(name, start)) for name, start in (("RANK", 0), ("WORLD_SIZE", 1)))  # torchrun
-FREE = "settings data_root run max_steps save_every skip_bad fresh device bf16 translate to eval"  # may change
+FREE = "settings data_root run max_steps save_every skip_bad fresh device bf16 no_capture translate to eval"
 
 
 def get_args(argv=None):
@@ -97,6 +97,7 @@ def get_args(argv=None):
     add("--fresh", action="store_true", help="start over; the old run is kept as DIR.old-N")
     add("--device", help="cpu, cuda, cuda:1, mps, ... (the accelerator, if there is one)")
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 where it is much faster")
+    add("--no-capture", action="store_true", help="on CUDA: launch kernels one by one, not as a recorded graph")
     add("--translate", type=Path, metavar="PATH", help="translate an image or a folder with what was trained")
     add("--to", type=Path, help="folder for translations (RUN/translated)")
     add("--eval", action="store_true", help="translate without dropout, with running averages, unlike the paper")
@@ -253,7 +254,7 @@ def train(args):
     with locked(args.run), signals() as stopped:
         begun = resume(args, state, len(pairs))
         goal = max(begun, min(math.ceil(args.epochs * len(pairs) / args.batch_size), args.max_steps or math.inf))
-        update, row, saved = make_step(args, state), (time.monotonic(), begun), time.monotonic()
+        update, row, saved = capture(make_step(args, state), args), (time.monotonic(), begun), time.monotonic()
         for step, (epoch, x, y) in zip(range(begun + 1, goal + 1), batches(args, len(pairs), read, begun)):
             decay = max(0, epoch - args.epochs + args.decay_epochs) / (args.decay_epochs + 1)
             for optimiser in (state["opt_D"], state["opt_G"]):
@@ -681,7 +682,7 @@ def read_checkpoint(path, device, file=None):
 
 def resume(args, state, count):
     """Make RUN, or go on with it: load RUN/last.pt if it is there. Returns the step it was saved at, or 0."""
-    now = {name: value for name, value in vars(args).items() if name not in FREE.split()}
+    now = {name: value for name, value in vars(args).items() if name not in FREE.split()}  # others may not change
     now = args.settings = now | {"data": Path(args.data).resolve().name, "count": count}
     olds = (args.run.with_name(f"{args.run.name}.old-{n}") for n in itertools.count(1))
     if args.fresh and args.run.exists() and not RANK:
@@ -741,6 +742,36 @@ def agreed(stopped):
         dist.all_reduce(last := torch.tensor(stopped[-1] if stopped else 0), dist.ReduceOp.MAX)
         stopped += [last.item()] * (last.item() > 0)
     return stopped
+
+
+def capture(step, args):
+    """On CUDA `step` as one recorded graph, without a launch a kernel: three calls warm it up, the fourth records it.
+
+    Later ones replay it with new inputs of the same shapes; what they return is overwritten by the next call.
+    """
+    if "cuda" not in args.device or args.no_capture:
+        return step
+    graph, stream, still, losses = torch.cuda.CUDAGraph(), torch.cuda.Stream(args.device), [], {}
+    calls, current = itertools.count(1), torch.cuda.current_stream(args.device)
+
+    def replay(*batch):
+        if (call := next(calls)) < 4:
+            stream.wait_stream(current)
+            with torch.cuda.stream(stream):
+                found = step(*batch)
+            current.wait_stream(stream)
+            return found
+        if call == 4:
+            still.extend(part.clone() for part in batch)
+            with blame("an update cannot be recorded as a CUDA graph here: use --no-capture"):
+                with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                    losses.update(step(*still))
+        for kept, new in zip(still, batch):
+            kept.copy_(new)
+        graph.replay()
+        return losses
+
+    return replay
 
 
 def report(args, step, goal, epoch, losses, last, must):
