@@ -31,6 +31,7 @@ import sqlite3
 import sys
 import time
 import warnings
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from datetime import timedelta
@@ -285,7 +286,7 @@ def locked(path, wait=0):  # same as pix2pix.py
 
     However a process ends, it leaves. Where a file system has no locks, or nothing can be written, all are let in.
     """
-    whole, until = path.resolve(), time.monotonic() + wait
+    whole, until = Path(os.path.realpath(path)), time.monotonic() + wait
     lock = whole.with_name(f".{whole.name.lstrip('.')}.lock")
     while True:
         held = None
@@ -338,7 +339,7 @@ def settle(args, zeros):  # same as gan.py
         least = 0 if name in zeros else 1
         if type(value) in limits and not least <= value < limits[type(value)]:
             refuse(f"--{name.replace('_', '-')} {value}: give a number from {least} up, below {limits[type(value)]}")
-    args.run = args.run or Path("runs", f"{SCRIPT}-{Path(args.data).resolve().name}")
+    args.run = args.run or Path("runs", f"{SCRIPT}-{os.path.basename(os.path.realpath(args.data))}")
     args.device = args.device or str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     with blame(f"--device {args.device} is not to be had on this machine: leave it out to use what there is"):
         args.device = str(torch.zeros(1, device=args.device).device)
@@ -416,7 +417,7 @@ def decoded(args, folder, items, shape, kind, read):  # same as pix2pix.py
     All is read once, and kept in a hidden file in `folder`, or beside the runs if that is read-only, so that memory
     stays flat; a GPU takes all if they fit in a quarter of what is free. --skip-bad leaves out what cannot be read.
     """
-    stats = [(str(file), file.stat()) for item in items for file in item if isinstance(file, Path)]
+    stats = [(str(file), file.stat()) for item in items for file in item if isinstance(file, Path) and file.exists()]
     facts = [(name, stat.st_size, stat.st_mtime_ns, stat.st_ino) for name, stat in stats]
     home, stem = folder if os.access(folder, os.W_OK) else args.run.parent / "cache", f".{SCRIPT}-{kind}-{shape[-1]}"
     cache, one = home / f"{stem}-{hashlib.sha1(repr(facts).encode()).hexdigest()}", math.prod(shape)
@@ -561,6 +562,8 @@ def find_images(path):  # same as pix2pix.py
 
 def read_image(path):  # same as pix2pix.py
     """An image of any usual kind as a Pillow image: upright, with 8 bits, grey, RGB or RGBA."""
+    if not path.is_file():  # a pipe would be waited for without end
+        refuse(f"{path} is no file, or a link to none")
     with blame(f"{path} cannot be read as an image"), Image.open(path) as file:
         if file.mode == "F":
             raise ValueError("it has floating-point pixels: save it with 8 or 16 bits")
@@ -598,7 +601,10 @@ def save(args, state, step):  # same as pix2pix.py
 
 def read_checkpoint(path, device):  # same as pix2pix.py
     """The dict that `save` wrote; no code that it may hold is run."""
-    with blame(f"{path} cannot be used as a checkpoint of {SCRIPT}.py"):
+    with blame(f"{path} cannot be used as a checkpoint of {SCRIPT}.py"), warnings.catch_warnings(action="ignore"):
+        with zipfile.ZipFile(path) as parts:  # torch checks no checksum, and unpacks whatever it is given
+            if any(part.compress_type for part in parts.infolist()) or parts.testzip():
+                raise ValueError("it was changed after it was written")
         checkpoint = torch.load(path, map_location=device, weights_only=True)
         if (checkpoint["script"], checkpoint["version"]) != (SCRIPT, 1):
             raise ValueError(f"it is one of {checkpoint['script']}.py, version {checkpoint['version']}")
@@ -621,9 +627,16 @@ def resume(args, state, count):  # same as pix2pix.py
             if differ := [f"{name} {old.get(name)}" for name in now | old if now.get(name) != old.get(name)]:
                 refuse(f"{args.run} was begun with {', '.join(differ)}: repeat that, or start over with --fresh")
             for name, part in state.items():
+                fresh = len(getattr(part, "state", {}))
+                if isinstance(part, torch.optim.Optimizer):  # with the settings of now, for the device of now
+                    then[name]["param_groups"] = part.state_dict()["param_groups"]
                 part.load_state_dict(then[name])
-                for group in getattr(part, "param_groups", []):  # whatever device the checkpoint came from
-                    group.update({"capturable": "cuda" in args.device} if "capturable" in group else {})
+                forms = [  # what an optimiser keeps of a weight; of each the same
+                    {(key, value.dtype, value.layout, value.shape == weight.shape) for key, value in kept.items()}
+                    for weight, kept in getattr(part, "state", {}).items()
+                ]
+                if len(forms) < fresh or any(form != forms[0] for form in forms):
+                    raise ValueError(f"{name} is of another form")
     for part in args.run.rglob("*.part"):  # of a file that a kill cut off
         part.unlink()
     with replacing(args.run / "config.json") as file:
@@ -660,11 +673,12 @@ def main(argv=None):
     warnings.filterwarnings("ignore", module="PIL")  # a refusal says it in one sentence
     logging.getLogger("PIL").setLevel(100)
     warnings.simplefilter("error", Image.DecompressionBombWarning)  # above 89 million pixels
+    getattr(sys.stdout, "reconfigure", dict)(errors="backslashreplace")  # files may have names that it cannot show
     try:
         args = get_args(argv)
         return (sample if args.sample or args.arithmetic or args.turn else train)(args)
     except (SystemExit, OSError, MemoryError, RuntimeError) as error:
-        status, said = getattr(error, "code", None), str(error).partition("\n")[0]
+        status, said = getattr(error, "code", None), str(error).replace("\n", " ")
         full = status is None and (isinstance(error, MemoryError) or "allocate" in said or "out of memory" in said)
         if isinstance(status, int) or isinstance(error, RuntimeError) and not full:
             raise

@@ -33,6 +33,7 @@ import tarfile
 import tempfile
 import time
 import warnings
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from datetime import timedelta
@@ -106,7 +107,7 @@ def get_args(argv=None):
             refuse(f"--{name.replace('_', '-')} {value}: give a number from {least} up, below {limits[type(value)]}")
     args.load_size = args.load_size or args.size * 286 // 256
     args.in_channels, args.out_channels = MADE.get(args.source, (args.in_channels, args.out_channels))
-    args.run = args.run or Path("runs", f"{SCRIPT}-{Path(args.data).resolve().name}")
+    args.run = args.run or Path("runs", f"{SCRIPT}-{os.path.basename(os.path.realpath(args.data))}")
     if args.size & (args.size - 1) or not max(16, 3 << args.n_layers) <= args.size <= args.load_size:
         refuse(f"--size {args.size}: give a power of two above 2 * 2**n_layers, 16 to --load-size {args.load_size}")
     if args.source and (args.data in SETS or args.direction == "BtoA"):
@@ -306,7 +307,7 @@ def locked(path, wait=0):
 
     However a process ends, it leaves. Where a file system has no locks, or nothing can be written, all are let in.
     """
-    whole, until = path.resolve(), time.monotonic() + wait
+    whole, until = Path(os.path.realpath(path)), time.monotonic() + wait
     lock = whole.with_name(f".{whole.name.lstrip('.')}.lock")
     while True:
         held = None
@@ -408,7 +409,7 @@ def decoded(args, folder, items, shape, kind, read):
     All is read once, and kept in a hidden file in `folder`, or beside the runs if that is read-only, so that memory
     stays flat; a GPU takes all if they fit in a quarter of what is free. --skip-bad leaves out what cannot be read.
     """
-    stats = [(str(file), file.stat()) for item in items for file in item if isinstance(file, Path)]
+    stats = [(str(file), file.stat()) for item in items for file in item if isinstance(file, Path) and file.exists()]
     facts = [(name, stat.st_size, stat.st_mtime_ns, stat.st_ino) for name, stat in stats]
     home, stem = folder if os.access(folder, os.W_OK) else args.run.parent / "cache", f".{SCRIPT}-{kind}-{shape[-1]}"
     cache, one = home / f"{stem}-{hashlib.sha1(repr(facts).encode()).hexdigest()}", math.prod(shape)
@@ -480,10 +481,12 @@ def find_data(args):
 
 
 def bounded(tar, most):
-    """The members of a tar, up to `most` bytes in all: an archive may unpack to a million times its size."""
+    """The files and folders in a tar, up to `most` bytes in all: it may unpack to a million times its size."""
     for member in tar:
         if (most := most - 512 - member.size) < 0:
             raise ValueError("it unpacks to more than a gigabyte and 20 times its size")
+        if not (member.isfile() or member.isdir()):
+            raise ValueError(f"it holds a link or a device, {member.name}")
         yield member
 
 
@@ -515,6 +518,8 @@ def find_images(path):
 
 def read_image(path):
     """An image of any usual kind as a Pillow image: upright, with 8 bits, grey, RGB or RGBA."""
+    if not path.is_file():  # a pipe would be waited for without end
+        refuse(f"{path} is no file, or a link to none")
     with blame(f"{path} cannot be read as an image"), Image.open(path) as file:
         if file.mode == "F":
             raise ValueError("it has floating-point pixels: save it with 8 or 16 bits")
@@ -621,7 +626,7 @@ def translate(args):
     """Translate --translate, an image or a folder, of any size, by RUN/last.pt. Returns the folder of the results."""
     path, to = args.run / "last.pt", swept(args.to or args.run / "translated")
     names, files = zip(*find_images(args.translate).items())
-    if {file.resolve() for file in files} & {(to / f"{name}.png").resolve() for name in names}:
+    if {*map(os.path.realpath, files)} & {os.path.realpath(to / f"{name}.png") for name in names}:
         refuse(f"--to {to} would overwrite what is to be translated: choose another folder")
     checkpoint = read_checkpoint(path, args.device)
     with blame(f"{path} is damaged"):
@@ -659,7 +664,10 @@ def save(args, state, step):
 
 def read_checkpoint(path, device):
     """The dict that `save` wrote; no code that it may hold is run."""
-    with blame(f"{path} cannot be used as a checkpoint of {SCRIPT}.py"):
+    with blame(f"{path} cannot be used as a checkpoint of {SCRIPT}.py"), warnings.catch_warnings(action="ignore"):
+        with zipfile.ZipFile(path) as parts:  # torch checks no checksum, and unpacks whatever it is given
+            if any(part.compress_type for part in parts.infolist()) or parts.testzip():
+                raise ValueError("it was changed after it was written")
         checkpoint = torch.load(path, map_location=device, weights_only=True)
         if (checkpoint["script"], checkpoint["version"]) != (SCRIPT, 1):
             raise ValueError(f"it is one of {checkpoint['script']}.py, version {checkpoint['version']}")
@@ -682,9 +690,16 @@ def resume(args, state, count):
             if differ := [f"{name} {old.get(name)}" for name in now | old if now.get(name) != old.get(name)]:
                 refuse(f"{args.run} was begun with {', '.join(differ)}: repeat that, or start over with --fresh")
             for name, part in state.items():
+                fresh = len(getattr(part, "state", {}))
+                if isinstance(part, torch.optim.Optimizer):  # with the settings of now, for the device of now
+                    then[name]["param_groups"] = part.state_dict()["param_groups"]
                 part.load_state_dict(then[name])
-                for group in getattr(part, "param_groups", []):  # whatever device the checkpoint came from
-                    group.update({"capturable": "cuda" in args.device} if "capturable" in group else {})
+                forms = [  # what an optimiser keeps of a weight; of each the same
+                    {(key, value.dtype, value.layout, value.shape == weight.shape) for key, value in kept.items()}
+                    for weight, kept in getattr(part, "state", {}).items()
+                ]
+                if len(forms) < fresh or any(form != forms[0] for form in forms):
+                    raise ValueError(f"{name} is of another form")
     for part in args.run.rglob("*.part"):  # of a file that a kill cut off
         part.unlink()
     with replacing(args.run / "config.json") as file:
@@ -721,11 +736,12 @@ def main(argv=None):
     warnings.filterwarnings("ignore", module="PIL")  # a refusal says it in one sentence
     logging.getLogger("PIL").setLevel(100)
     warnings.simplefilter("error", Image.DecompressionBombWarning)  # above 89 million pixels
+    getattr(sys.stdout, "reconfigure", dict)(errors="backslashreplace")  # files may have names that it cannot show
     try:
         args = get_args(argv)
         return (translate if args.translate else train)(args)
     except (SystemExit, OSError, MemoryError, RuntimeError) as error:
-        status, said = getattr(error, "code", None), str(error).partition("\n")[0]
+        status, said = getattr(error, "code", None), str(error).replace("\n", " ")
         full = status is None and (isinstance(error, MemoryError) or "allocate" in said or "out of memory" in said)
         if isinstance(status, int) or isinstance(error, RuntimeError) and not full:
             raise
