@@ -42,6 +42,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import make_grid
 
@@ -644,7 +645,7 @@ def there_and_back(args, G, F, pixels):
     x is padded by reflection to what the networks take, and what they give cropped back.
     """
     (h, w), whole = pixels.shape[1:], args.size if args.net == "unet" else 4
-    padded = np.pad(pixels.cpu(), ((0, 0), (0, -h % whole), (0, -w % whole)), "reflect")
+    padded = np.pad(pixels.cpu(), ((0, 0), (0, max(-h % whole, 8 - h)), (0, max(-w % whole, 8 - w))), "reflect")
     x = torch.from_numpy(padded)[None].to(args.device) / 127.5 - 1
     with torch.autocast(x.device.type, torch.bfloat16, args.bf16):
         fake = G(x).float()
@@ -675,7 +676,7 @@ def translate(args):
     if {*map(os.path.realpath, found.values())} & {os.path.realpath(to / f"{name}.png") for name in found}:
         refuse(f"--to {to} would overwrite what is to be translated: choose another folder")
     checkpoint = read_checkpoint(path, args.device)
-    with blame(f"{path} is damaged"):
+    with blame(f"{path} is damaged"), Budget(path.stat().st_size + 2**20):
         args = argparse.Namespace(**vars(args) | checkpoint["settings"])
         state = build(args)
         for name in "GF":
@@ -725,6 +726,22 @@ def read_checkpoint(path, device):  # same as pix2pix.py
         return checkpoint
 
 
+class Budget(TorchDispatchMode):  # same as pix2pix.py
+    """Refuses to make new tensors of more than so many bytes: settings from elsewhere may ask for any."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.left = size
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **kwargs or {})
+        if isinstance(made, torch.Tensor) and not any(isinstance(arg, torch.Tensor) for arg in args):
+            self.left -= made.nbytes
+            if self.left < 0:
+                raise ValueError("its settings are of larger networks than it holds")
+        return made
+
+
 def resume(args, state, count):  # same as pix2pix.py
     """Make RUN, or go on with it: load RUN/last.pt if it is there. Returns the step it was saved at, or 0."""
     now = {name: value for name, value in vars(args).items() if name not in FREE.split()}
@@ -738,7 +755,7 @@ def resume(args, state, count):  # same as pix2pix.py
         then = read_checkpoint(path, args.device)
         with blame(f"{path} is damaged: --fresh starts over and keeps it"):
             old, step = then["settings"], int(then["step"])
-            if differ := [f"{name} {old.get(name)}" for name in now | old if now.get(name) != old.get(name)]:
+            if differ := [f"{name} {old.get(name)!s:.99}" for name in now | old if now.get(name) != old.get(name)]:
                 refuse(f"{args.run} was begun with {', '.join(differ)}: repeat that, or start over with --fresh")
             for name, part in state.items():
                 fresh = len(getattr(part, "state", {}))

@@ -44,6 +44,7 @@ import torch
 from PIL import Image, ImageCms, ImageFilter, ImageOps
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import make_grid
 
@@ -629,7 +630,7 @@ def translate(args):
     if {*map(os.path.realpath, files)} & {os.path.realpath(to / f"{name}.png") for name in names}:
         refuse(f"--to {to} would overwrite what is to be translated: choose another folder")
     checkpoint = read_checkpoint(path, args.device)
-    with blame(f"{path} is damaged"):
+    with blame(f"{path} is damaged"), Budget(path.stat().st_size + 2**20):
         args = argparse.Namespace(**vars(args) | checkpoint["settings"])
         G = build(args)["G"]
         G.load_state_dict(checkpoint["G"])
@@ -674,6 +675,22 @@ def read_checkpoint(path, device):
         return checkpoint
 
 
+class Budget(TorchDispatchMode):
+    """Refuses to make new tensors of more than so many bytes: settings from elsewhere may ask for any."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.left = size
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **kwargs or {})
+        if isinstance(made, torch.Tensor) and not any(isinstance(arg, torch.Tensor) for arg in args):
+            self.left -= made.nbytes
+            if self.left < 0:
+                raise ValueError("its settings are of larger networks than it holds")
+        return made
+
+
 def resume(args, state, count):
     """Make RUN, or go on with it: load RUN/last.pt if it is there. Returns the step it was saved at, or 0."""
     now = {name: value for name, value in vars(args).items() if name not in FREE.split()}
@@ -687,7 +704,7 @@ def resume(args, state, count):
         then = read_checkpoint(path, args.device)
         with blame(f"{path} is damaged: --fresh starts over and keeps it"):
             old, step = then["settings"], int(then["step"])
-            if differ := [f"{name} {old.get(name)}" for name in now | old if now.get(name) != old.get(name)]:
+            if differ := [f"{name} {old.get(name)!s:.99}" for name in now | old if now.get(name) != old.get(name)]:
                 refuse(f"{args.run} was begun with {', '.join(differ)}: repeat that, or start over with --fresh")
             for name, part in state.items():
                 fresh = len(getattr(part, "state", {}))

@@ -44,6 +44,7 @@ import torch
 from PIL import Image, ImageDraw, ImageOps
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.transforms.v2.functional import pil_to_tensor, resize, to_pil_image
 from torchvision.utils import make_grid
 
@@ -824,7 +825,7 @@ def sample(args):
     """Draw --sample images of each --prompt by RUN/last.pt into a folder of PNGs, and figures of them beside it."""
     path, to, seed, prompt = args.run / "last.pt", swept(args.to or args.run / "sampled"), args.seed, args.prompt
     checkpoint, count = read_checkpoint(path, args.device), args.sample
-    with blame(f"{path} is damaged"):
+    with blame(f"{path} is damaged"), Budget(path.stat().st_size + 2**20):
         args = argparse.Namespace(**vars(args) | checkpoint["settings"])
         state = build(args)
         for name in "EG":
@@ -917,6 +918,22 @@ def read_checkpoint(path, device):  # same as pix2pix.py
         return checkpoint
 
 
+class Budget(TorchDispatchMode):  # same as pix2pix.py
+    """Refuses to make new tensors of more than so many bytes: settings from elsewhere may ask for any."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.left = size
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **kwargs or {})
+        if isinstance(made, torch.Tensor) and not any(isinstance(arg, torch.Tensor) for arg in args):
+            self.left -= made.nbytes
+            if self.left < 0:
+                raise ValueError("its settings are of larger networks than it holds")
+        return made
+
+
 def resume(args, state, count):  # same as pix2pix.py
     """Make RUN, or go on with it: load RUN/last.pt if it is there. Returns the step it was saved at, or 0."""
     now = {name: value for name, value in vars(args).items() if name not in FREE.split()}
@@ -930,7 +947,7 @@ def resume(args, state, count):  # same as pix2pix.py
         then = read_checkpoint(path, args.device)
         with blame(f"{path} is damaged: --fresh starts over and keeps it"):
             old, step = then["settings"], int(then["step"])
-            if differ := [f"{name} {old.get(name)}" for name in now | old if now.get(name) != old.get(name)]:
+            if differ := [f"{name} {old.get(name)!s:.99}" for name in now | old if now.get(name) != old.get(name)]:
                 refuse(f"{args.run} was begun with {', '.join(differ)}: repeat that, or start over with --fresh")
             for name, part in state.items():
                 fresh = len(getattr(part, "state", {}))
