@@ -23,6 +23,7 @@ import logging
 import math
 import os
 import signal
+import socket
 import sqlite3
 import sys
 import time
@@ -324,7 +325,7 @@ def blame(what):  # same as pix2pix.py
         yield
     except Exception as error:
         error = error.__context__ if isinstance(error.__context__, OSError) else error  # torch.save hides a full disk
-        refuse(f"{what} ({str(error).partition(chr(10))[0].partition('. ')[0] or type(error).__name__})")
+        refuse(f"{what} ({str(error).partition(chr(10))[0].partition('. ')[0] or type(error).__name__:.500})")
 
 
 @contextlib.contextmanager
@@ -433,6 +434,17 @@ def digits(count, seed, size=28):  # same as gan.py
     return torch.from_numpy(pixels.clip(0, 255).astype(np.uint8)), torch.from_numpy(labels)
 
 
+def fetched(args, name, **how):  # same as gan.py
+    """torchvision's data set of that name, which lies below --data-root or is downloaded to there."""
+    kind = getattr(datasets, name)
+    host = getattr(kind, "mirrors", [getattr(kind, "url", "its host")])[0]
+    by_hand = f"put it below --data-root {args.data_root} as torchvision's {name} has it"
+    socket.setdefaulttimeout(60)  # seconds of silence
+    with blame(f"{args.data} cannot be had from {host}: {by_hand}"):
+        args.data_root.mkdir(parents=True, exist_ok=True)
+        return kind(args.data_root, **how or {"download": True})
+
+
 def load_images(args):
     """The training images, uint8 (N, channels, size, size), their labels (N,), both on the device, and label names."""
     names = [*"0123456789"]
@@ -440,15 +452,9 @@ def load_images(args):
         images, labels = digits(10000, 0, args.size)
     elif args.data in SETS:
         name, kept = {"mnist": ("MNIST", 50000), "cifar10": ("CIFAR10", 50000)}.get(args.data, ("FashionMNIST", 60000))
-        with blame(f"{args.data} cannot be had: put torchvision's {name} below --data-root {args.data_root}"):
-            args.data_root.mkdir(parents=True, exist_ok=True)
-            data = getattr(datasets, name)(args.data_root, download=True)
-            images, labels, names = (
-                torch.as_tensor(data.data[:kept]),
-                torch.as_tensor(data.targets[:kept]),
-                data.classes,
-            )
-        names = [*"0123456789"] if args.data == "mnist" else names
+        data = fetched(args, name)
+        images, labels = torch.as_tensor(data.data[:kept]), torch.as_tensor(data.targets[:kept])
+        names = names if args.data == "mnist" else data.classes
         images = resize(images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2), [args.size, args.size])
     elif not Path(args.data).is_dir():
         refuse(f"--data {args.data} is no folder and none of {', '.join(SETS)}")
@@ -503,7 +509,7 @@ def sample(args):
     """Draw --sample images by RUN/last.pt into a folder of PNGs, NUMBER-LABEL.png, and a sheet beside it."""
     path, to, seed = args.run / "last.pt", swept(args.to or args.run / "sampled"), args.seed
     checkpoint = read_checkpoint(path, args.device)
-    with blame(f"{path} is damaged"), Budget(path.stat().st_size + 2**20):
+    with blame(f"{path} is damaged"), Budget(path.stat().st_size + 2**20), warnings.catch_warnings(action="ignore"):
         args = argparse.Namespace(**vars(args) | checkpoint["settings"])
         G = build(args)["G"]
         G.load_state_dict(checkpoint["G"])
@@ -621,7 +627,7 @@ def resume(args, state, count):  # same as pix2pix.py
     path, log, step = args.run / "last.pt", args.run / "log.jsonl", 0
     if path.exists():
         then = read_checkpoint(path, args.device)
-        with blame(f"{path} is damaged: --fresh starts over and keeps it"):
+        with blame(f"{path} is damaged: --fresh starts over and keeps it"), warnings.catch_warnings(action="ignore"):
             old, step = then["settings"], int(then["step"])
             if differ := [f"{name} {old.get(name)!s:.99}" for name in now | old if now.get(name) != old.get(name)]:
                 refuse(f"{args.run} was begun with {', '.join(differ)}: repeat that, or start over with --fresh")
@@ -631,7 +637,7 @@ def resume(args, state, count):  # same as pix2pix.py
                     then[name]["param_groups"] = part.state_dict()["param_groups"]
                 part.load_state_dict(then[name])
                 forms = [  # what an optimiser keeps of a weight; of each the same
-                    {(key, value.dtype, value.layout, value.shape == weight.shape) for key, value in kept.items()}
+                    {(key, x.dtype, x.layout, x.shape != weight.shape and x.shape) for key, x in kept.items()}
                     for weight, kept in getattr(part, "state", {}).items()
                 ]
                 if len(forms) < fresh or any(form != forms[0] for form in forms):

@@ -348,7 +348,7 @@ def blame(what):  # same as pix2pix.py
         yield
     except Exception as error:
         error = error.__context__ if isinstance(error.__context__, OSError) else error  # torch.save hides a full disk
-        refuse(f"{what} ({str(error).partition(chr(10))[0].partition('. ')[0] or type(error).__name__})")
+        refuse(f"{what} ({str(error).partition(chr(10))[0].partition('. ')[0] or type(error).__name__:.500})")
 
 
 @contextlib.contextmanager
@@ -557,7 +557,8 @@ def find_data(args):
                     if sum(info.file_size for info in bundle.infolist()) > 2**30 + 20 * packed.stat().st_size:
                         raise ValueError("it unpacks to more than a gigabyte and 20 times its size")
                     bundle.extractall(part)  # nothing outside of `part`; each file against its checksum
-                return Path(part, args.data).rename(folder)
+                os.rename(os.path.join(part, args.data, ""), folder)  # no mere file, by the last slash
+                return folder
 
 
 def find_side(folder, split, side):
@@ -676,8 +677,10 @@ def translate(args):
     if {*map(os.path.realpath, found.values())} & {os.path.realpath(to / f"{name}.png") for name in found}:
         refuse(f"--to {to} would overwrite what is to be translated: choose another folder")
     checkpoint = read_checkpoint(path, args.device)
-    with blame(f"{path} is damaged"), Budget(path.stat().st_size + 2**20):
+    with blame(f"{path} is damaged"), Budget(path.stat().st_size + 2**20), warnings.catch_warnings(action="ignore"):
         args = argparse.Namespace(**vars(args) | checkpoint["settings"])
+        if args.n_layers > 99:  # the list of their widths alone would take for ever
+            raise ValueError(f"it has n_layers {args.n_layers}")
         state = build(args)
         for name in "GF":
             state[name].load_state_dict(checkpoint[name])
@@ -753,7 +756,7 @@ def resume(args, state, count):  # same as pix2pix.py
     path, log, step = args.run / "last.pt", args.run / "log.jsonl", 0
     if path.exists():
         then = read_checkpoint(path, args.device)
-        with blame(f"{path} is damaged: --fresh starts over and keeps it"):
+        with blame(f"{path} is damaged: --fresh starts over and keeps it"), warnings.catch_warnings(action="ignore"):
             old, step = then["settings"], int(then["step"])
             if differ := [f"{name} {old.get(name)!s:.99}" for name in now | old if now.get(name) != old.get(name)]:
                 refuse(f"{args.run} was begun with {', '.join(differ)}: repeat that, or start over with --fresh")
@@ -763,7 +766,7 @@ def resume(args, state, count):  # same as pix2pix.py
                     then[name]["param_groups"] = part.state_dict()["param_groups"]
                 part.load_state_dict(then[name])
                 forms = [  # what an optimiser keeps of a weight; of each the same
-                    {(key, value.dtype, value.layout, value.shape == weight.shape) for key, value in kept.items()}
+                    {(key, x.dtype, x.layout, x.shape != weight.shape and x.shape) for key, x in kept.items()}
                     for weight, kept in getattr(part, "state", {}).items()
                 ]
                 if len(forms) < fresh or any(form != forms[0] for form in forms):

@@ -283,7 +283,7 @@ def blame(what):
         yield
     except Exception as error:
         error = error.__context__ if isinstance(error.__context__, OSError) else error  # torch.save hides a full disk
-        refuse(f"{what} ({str(error).partition(chr(10))[0].partition('. ')[0] or type(error).__name__})")
+        refuse(f"{what} ({str(error).partition(chr(10))[0].partition('. ')[0] or type(error).__name__:.500})")
 
 
 @contextlib.contextmanager
@@ -478,7 +478,8 @@ def find_data(args):
                     inside = bounded(tar, 2**30 + 20 * packed.stat().st_size)
                     tar.extractall(part, inside, filter="data")  # nothing outside of `part`, no device or link out
                     tar.fileobj.read()  # up to the checksum at the end of a gzip
-                return Path(part, args.data).rename(folder)
+                os.rename(os.path.join(part, args.data, ""), folder)  # no mere file, by the last slash
+                return folder
 
 
 def bounded(tar, most):
@@ -630,8 +631,10 @@ def translate(args):
     if {*map(os.path.realpath, files)} & {os.path.realpath(to / f"{name}.png") for name in names}:
         refuse(f"--to {to} would overwrite what is to be translated: choose another folder")
     checkpoint = read_checkpoint(path, args.device)
-    with blame(f"{path} is damaged"), Budget(path.stat().st_size + 2**20):
+    with blame(f"{path} is damaged"), Budget(path.stat().st_size + 2**20), warnings.catch_warnings(action="ignore"):
         args = argparse.Namespace(**vars(args) | checkpoint["settings"])
+        if args.n_layers > 99:  # the list of their widths alone would take for ever
+            raise ValueError(f"it has n_layers {args.n_layers}")
         G = build(args)["G"]
         G.load_state_dict(checkpoint["G"])
 
@@ -702,7 +705,7 @@ def resume(args, state, count):
     path, log, step = args.run / "last.pt", args.run / "log.jsonl", 0
     if path.exists():
         then = read_checkpoint(path, args.device)
-        with blame(f"{path} is damaged: --fresh starts over and keeps it"):
+        with blame(f"{path} is damaged: --fresh starts over and keeps it"), warnings.catch_warnings(action="ignore"):
             old, step = then["settings"], int(then["step"])
             if differ := [f"{name} {old.get(name)!s:.99}" for name in now | old if now.get(name) != old.get(name)]:
                 refuse(f"{args.run} was begun with {', '.join(differ)}: repeat that, or start over with --fresh")
@@ -712,7 +715,7 @@ def resume(args, state, count):
                     then[name]["param_groups"] = part.state_dict()["param_groups"]
                 part.load_state_dict(then[name])
                 forms = [  # what an optimiser keeps of a weight; of each the same
-                    {(key, value.dtype, value.layout, value.shape == weight.shape) for key, value in kept.items()}
+                    {(key, x.dtype, x.layout, x.shape != weight.shape and x.shape) for key, x in kept.items()}
                     for weight, kept in getattr(part, "state", {}).items()
                 ]
                 if len(forms) < fresh or any(form != forms[0] for form in forms):

@@ -403,7 +403,7 @@ def blame(what):  # same as pix2pix.py
         yield
     except Exception as error:
         error = error.__context__ if isinstance(error.__context__, OSError) else error  # torch.save hides a full disk
-        refuse(f"{what} ({str(error).partition(chr(10))[0].partition('. ')[0] or type(error).__name__})")
+        refuse(f"{what} ({str(error).partition(chr(10))[0].partition('. ')[0] or type(error).__name__:.500})")
 
 
 @contextlib.contextmanager
@@ -579,10 +579,13 @@ def find_captions(folder):
     found, table = find_images(folder), {}
     if (folder / "captions.jsonl").is_file():
         with blame(f"{folder}/captions.jsonl needs lines such as {{'file': 'a.jpg', 'captions': ['a red bird']}}"):
-            for row in map(json.loads, (folder / "captions.jsonl").read_text().splitlines()):
-                table[folder / row["file"]] = [row["caption"]] if "caption" in row else [*map(str, row["captions"])]
+            for row in map(json.loads, (folder / "captions.jsonl").read_text("utf-8").splitlines()):
+                table[folder / row["file"]] = (
+                    [row["caption"].strip()] if "caption" in row else [*map(str, row["captions"])]
+                )
     texts = {path.stem: path for path in folder.rglob("text_c10/*/*.txt")}  # the archives'
-    lists = {line for path in folder.rglob("trainvalclasses.txt") for line in path.read_text().split()}
+    with blame(f"a trainvalclasses.txt below {folder} cannot be read as text"):
+        lists = {line for path in folder.rglob("trainvalclasses.txt") for line in path.read_text("utf-8").split()}
     rows, bare = [], []
     for file in found.values():
         beside = file.with_suffix(".txt") if file.with_suffix(".txt").is_file() else texts.get(file.stem)
@@ -623,7 +626,7 @@ class Arrays(pickle._Unpickler):
 
 def read_vectors(path, text):
     """Codes float32 (N, text) from a .npy, (N, text) or (images, captions, text), or a pickle of such arrays."""
-    with blame(f"{path} cannot be read as codes of {text} numbers"):
+    with blame(f"{path} cannot be read as codes of {text} numbers"), np.errstate(over="ignore"):
         if path.suffix == ".npy":
             vectors = np.load(path, allow_pickle=False)
         else:
@@ -632,7 +635,7 @@ def read_vectors(path, text):
             if sum(part.nbytes for part in parts) > 20 * path.stat().st_size:
                 raise ValueError("it holds the same array many times")
             vectors = np.concatenate([part.reshape(-1, text) for part in parts])
-        vectors = torch.from_numpy(np.ascontiguousarray(vectors, np.float32))
+        vectors = torch.from_numpy(vectors.astype(np.float32, casting="same_kind"))
         if vectors.shape[-1] != text or not vectors.isfinite().all():
             raise ValueError(f"their shape is {tuple(vectors.shape)}")
         return vectors.reshape(-1, text)
@@ -825,7 +828,7 @@ def sample(args):
     """Draw --sample images of each --prompt by RUN/last.pt into a folder of PNGs, and figures of them beside it."""
     path, to, seed, prompt = args.run / "last.pt", swept(args.to or args.run / "sampled"), args.seed, args.prompt
     checkpoint, count = read_checkpoint(path, args.device), args.sample
-    with blame(f"{path} is damaged"), Budget(path.stat().st_size + 2**20):
+    with blame(f"{path} is damaged"), Budget(path.stat().st_size + 2**20), warnings.catch_warnings(action="ignore"):
         args = argparse.Namespace(**vars(args) | checkpoint["settings"])
         state = build(args)
         for name in "EG":
@@ -836,7 +839,8 @@ def sample(args):
     elif Path(prompt).is_file():
         with blame(f"--prompt {prompt} cannot be read as text"):
             asked = [line.strip() for line in Path(prompt).read_text("utf-8").splitlines() if line.strip()]
-        asked = asked or refuse(f"--prompt {prompt} holds no sentences")
+    if not len(asked):
+        refuse(f"--prompt {prompt} holds no sentences and no codes")
     if args.embeddings and isinstance(asked, list):
         refuse(f"{args.run} was trained on codes of {args.embeddings}: give --prompt a .npy of codes, not a sentence")
     torch.manual_seed(seed)
@@ -945,7 +949,7 @@ def resume(args, state, count):  # same as pix2pix.py
     path, log, step = args.run / "last.pt", args.run / "log.jsonl", 0
     if path.exists():
         then = read_checkpoint(path, args.device)
-        with blame(f"{path} is damaged: --fresh starts over and keeps it"):
+        with blame(f"{path} is damaged: --fresh starts over and keeps it"), warnings.catch_warnings(action="ignore"):
             old, step = then["settings"], int(then["step"])
             if differ := [f"{name} {old.get(name)!s:.99}" for name in now | old if now.get(name) != old.get(name)]:
                 refuse(f"{args.run} was begun with {', '.join(differ)}: repeat that, or start over with --fresh")
@@ -955,7 +959,7 @@ def resume(args, state, count):  # same as pix2pix.py
                     then[name]["param_groups"] = part.state_dict()["param_groups"]
                 part.load_state_dict(then[name])
                 forms = [  # what an optimiser keeps of a weight; of each the same
-                    {(key, value.dtype, value.layout, value.shape == weight.shape) for key, value in kept.items()}
+                    {(key, x.dtype, x.layout, x.shape != weight.shape and x.shape) for key, x in kept.items()}
                     for weight, kept in getattr(part, "state", {}).items()
                 ]
                 if len(forms) < fresh or any(form != forms[0] for form in forms):

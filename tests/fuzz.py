@@ -794,7 +794,7 @@ LINES = st.lists(
         st.text(max_size=20).map(lambda text: text.encode("utf-8", "surrogatepass")),
         st.sampled_from((
             b"[" * 100_000, b"{", b'{"step": 1', b'{"step": NaN}', b'{"step": 1e999}', b'{"step": 1}\r', b"\xff\xfe\0",
-            "na\u00efve".encode("latin-1"), b"\xef\xbb\xbf{}", b"one\x0btwo\x1cthree", b"a" * 1_000_000, b"9" * 5000,
+            "na\u00efve".encode("latin-1"), b"\xef\xbb\xbf{}", b"one\x0btwo\x1cthree", b"a" * 100_000, b"9" * 5000,
             b"", b" ", "\u2028".encode(),
         )),
     ),
@@ -869,7 +869,7 @@ def check_captions(lab, case):
         prompt = prompt.encode("utf-8", "replace").decode()  # as it comes from a command line
         flags = ["--run", "run", f"--prompt={prompt}", "--sample", 2, "--to", "out", "--device", "cpu"]
         end = attempt(row, *flags, room=ROOM)
-        return end, faults(end, "--prompt", "prompt") + left(lab.case)
+        return end, faults(end, "--prompt", "prompt", ".npy") + left(lab.case)
     end = attempt(row, *row.tiny.split(), "--data", "set", instead=functools.partial(load, kept=kept), room=ROOM)
     found = faults(end, "set") + left(lab.case)
     if end.code == 0 and any(not said for said, _ in kept[0]):
@@ -893,9 +893,9 @@ NPY = st.one_of(
     st.builds(npy, st.text(max_size=30), st.binary(max_size=8)),
     st.sampled_from((b"\x93NUMPY", b"\x93NUMPY\2\0\xff\xff\xff\xff", b"PK\3\4", b"\x80\4K\1.", b"")),
 )  # fmt: skip
-VALUES = st.sampled_from((1.0, 0.0, math.nan, math.inf, 3e38, 1e-300, 255))
+VALUES = st.sampled_from((1.0, 0.0, math.nan, math.inf, 1e300, 1e-300, 255))
 ARRAYS = st.builds(
-    lambda kind, shape, value: np.full(shape, value if kind in ("<f4", "<f8") else 1, kind),
+    lambda kind, shape, value: np.full(shape, value if kind == "<f8" else 1, kind),
     st.sampled_from(("<f4", "<f8", "<f2", "<i8", "|u1", "|b1", "<c16", "|O", "<U3", "<f16")),
     st.sampled_from(((4, 8),) * 6 + ((2, 2, 8),) * 2 + ((8,), (2, 7), (0, 8), (), (32,), (4, 8, 1))),
     VALUES,
