@@ -1,6 +1,7 @@
 """A short part of the fuzzer, the same each time, and faults planted in the scripts, which it must find."""
 
 import math
+import sys
 import time
 import warnings
 from collections import Counter
@@ -8,6 +9,7 @@ from types import SimpleNamespace
 
 import fuzz
 import pytest
+from PIL import Image
 from scripts import ROWS
 
 
@@ -33,12 +35,13 @@ def hang(path):
     time.sleep(60)
 
 
-def hoard(path, kept=[]):  # noqa: B006
-    kept[:] = [b"x" * 2**27]
+def hoard(path):
+    return Image.frombytes("L", (40, 80), (b"x" * 2**27)[:3200])
 
 
 def shout(path):
-    raise SystemExit(f"{path.name}: one sentence\nand another")
+    print("oh", file=sys.stderr)
+    raise SystemExit(f"{path.name} cannot be read")
 
 
 def mumble(path):
@@ -47,14 +50,16 @@ def mumble(path):
 
 def warn(path):
     warnings.warn(path.name, stacklevel=1)
+    return Image.new("L", (40, 80))
 
 
 @pytest.mark.parametrize(
     ("plant", "title"),
     [
-        (crash, "KeyError in crash"),
-        (hang, "HangError in hang"),
+        (crash, "KeyError in"),
+        (hang, "HangError in"),
         (hoard, "needs more than"),
+        (shout, "says more or less than a sentence"),
         (mumble, "names neither file nor option"),
         (warn, "warns"),
     ],
