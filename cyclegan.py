@@ -44,6 +44,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import distributed as dist
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import make_grid
 
@@ -352,7 +353,7 @@ def blame(what):  # same as pix2pix.py
         yield
     except Exception as error:
         error = error.__context__ if isinstance(error.__context__, OSError) else error  # torch.save hides a full disk
-        refuse(f"{what} ({str(error).partition(chr(10))[0].partition('. ')[0] or type(error).__name__})")
+        refuse(f"{what} ({str(error).partition(chr(10))[0].partition('. ')[0] or type(error).__name__:.500})")
 
 
 @contextlib.contextmanager
@@ -377,7 +378,7 @@ def locked(path, wait=0):  # same as pix2pix.py
 
     However a process ends, it leaves. Where a file system has no locks, or nothing can be written, all are let in.
     """
-    whole, until = path.resolve(), time.monotonic() + wait
+    whole, until = Path(os.path.realpath(path)), time.monotonic() + wait
     if RANK and not wait:  # a run folder is the first process's
         yield
         return
@@ -435,7 +436,7 @@ def settle(args, zeros):  # same as gan.py
         least = 0 if name in zeros else 1
         if type(value) in limits and not least <= value < limits[type(value)]:
             refuse(f"--{name.replace('_', '-')} {value}: give a number from {least} up, below {limits[type(value)]}")
-    args.run = args.run or Path("runs", f"{SCRIPT}-{Path(args.data).resolve().name}")
+    args.run = args.run or Path("runs", f"{SCRIPT}-{os.path.basename(os.path.realpath(args.data))}")
     if args.batch_size % WORLD:
         refuse(f"--batch-size {args.batch_size}: give a multiple of {WORLD}, the number of processes")
     if WORLD > 1 and torch.accelerator.is_available():
@@ -502,7 +503,7 @@ def decoded(args, folder, items, shape, kind, read):  # same as pix2pix.py
     All is read once, and kept in a hidden file in `folder`, or beside the runs if that is read-only, so that memory
     stays flat; a GPU takes all if they fit in a quarter of what is free. --skip-bad leaves out what cannot be read.
     """
-    stats = [(str(file), file.stat()) for item in items for file in item if isinstance(file, Path)]
+    stats = [(str(file), file.stat()) for item in items for file in item if isinstance(file, Path) and file.exists()]
     facts = [(name, stat.st_size, stat.st_mtime_ns, stat.st_ino) for name, stat in stats]
     home, stem = folder if os.access(folder, os.W_OK) else args.run.parent / "cache", f".{SCRIPT}-{kind}-{shape[-1]}"
     cache, one = home / f"{stem}-{hashlib.sha1(repr(facts).encode()).hexdigest()}", math.prod(shape)
@@ -570,7 +571,8 @@ def find_data(args):
                     if sum(info.file_size for info in bundle.infolist()) > 2**30 + 20 * packed.stat().st_size:
                         raise ValueError("it unpacks to more than a gigabyte and 20 times its size")
                     bundle.extractall(part)  # nothing outside of `part`; each file against its checksum
-                return Path(part, args.data).rename(folder)
+                os.rename(os.path.join(part, args.data, ""), folder)  # no mere file, by the last slash
+                return folder
 
 
 def find_side(folder, split, side):
@@ -602,6 +604,8 @@ def find_images(path):  # same as pix2pix.py
 
 def read_image(path):  # same as pix2pix.py
     """An image of any usual kind as a Pillow image: upright, with 8 bits, grey, RGB or RGBA."""
+    if not path.is_file():  # a pipe would be waited for without end
+        refuse(f"{path} is no file, or a link to none")
     with blame(f"{path} cannot be read as an image"), Image.open(path) as file:
         if file.mode == "F":
             raise ValueError("it has floating-point pixels: save it with 8 or 16 bits")
@@ -656,7 +660,7 @@ def there_and_back(args, G, F, pixels):
     x is padded by reflection to what the networks take, and what they give cropped back.
     """
     (h, w), whole = pixels.shape[1:], args.size if args.net == "unet" else 4
-    padded = np.pad(pixels.cpu(), ((0, 0), (0, -h % whole), (0, -w % whole)), "reflect")
+    padded = np.pad(pixels.cpu(), ((0, 0), (0, max(-h % whole, 8 - h)), (0, max(-w % whole, 8 - w))), "reflect")
     x = torch.from_numpy(padded)[None].to(args.device) / 127.5 - 1
     with torch.autocast(x.device.type, torch.bfloat16, args.bf16):
         fake = G(x).float()
@@ -684,11 +688,13 @@ def translate(args):
     """Translate --translate, an image or a folder, of any size, by RUN/last.pt. Returns the folder of the results."""
     path, to = args.run / "last.pt", swept(args.to or args.run / "translated")
     found, cells, there = find_images(args.translate), [], args.direction
-    if {file.resolve() for file in found.values()} & {(to / f"{name}.png").resolve() for name in found}:
+    if {*map(os.path.realpath, found.values())} & {os.path.realpath(to / f"{name}.png") for name in found}:
         refuse(f"--to {to} would overwrite what is to be translated: choose another folder")
     checkpoint = read_checkpoint(path, args.device)
-    with blame(f"{path} is damaged"):
+    with blame(f"{path} is damaged"), Budget(path.stat().st_size + 2**20), warnings.catch_warnings(action="ignore"):
         args = argparse.Namespace(**vars(args) | checkpoint["settings"])
+        if args.n_layers > 99:  # the list of their widths alone would take for ever
+            raise ValueError(f"it has n_layers {args.n_layers}")
         state = build(args)
         for name in "GF":
             state[name].load_state_dict(checkpoint[name])
@@ -725,13 +731,37 @@ def save(args, state, step):  # same as pix2pix.py
     return time.monotonic()
 
 
-def read_checkpoint(path, device, file=None):  # same as pix2pix.py
-    """The dict that `save` wrote; no code that it may hold is run."""
-    with blame(f"{path} cannot be used as a checkpoint of {SCRIPT}.py"):
-        checkpoint = torch.load(file or path, map_location=device, weights_only=True)
+def read_checkpoint(path, device, sent=None):  # same as pix2pix.py
+    """The dict that `save` wrote, to `path` or in the bytes `sent`; no code that it may hold is run."""
+    with (
+        blame(f"{path} cannot be used as a checkpoint of {SCRIPT}.py"),
+        warnings.catch_warnings(action="ignore"),
+        io.BytesIO(sent) if sent else open(path, "rb") as file,
+    ):
+        with zipfile.ZipFile(file) as parts:  # torch checks no checksum, and unpacks whatever it is given
+            if any(part.compress_type for part in parts.infolist()) or parts.testzip():
+                raise ValueError("it was changed after it was written")
+        file.seek(0)
+        checkpoint = torch.load(file, map_location=device, weights_only=True)
         if (checkpoint["script"], checkpoint["version"]) != (SCRIPT, 1):
             raise ValueError(f"it is one of {checkpoint['script']}.py, version {checkpoint['version']}")
         return checkpoint
+
+
+class Budget(TorchDispatchMode):  # same as pix2pix.py
+    """Refuses to make new tensors of more than so many bytes: settings from elsewhere may ask for any."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.left = size
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **kwargs or {})
+        if isinstance(made, torch.Tensor) and not any(isinstance(arg, torch.Tensor) for arg in args):
+            self.left -= made.nbytes
+            if self.left < 0:
+                raise ValueError("its settings are of larger networks than it holds")
+        return made
 
 
 def resume(args, state, count):  # same as pix2pix.py
@@ -743,16 +773,24 @@ def resume(args, state, count):  # same as pix2pix.py
         with blame(f"{args.run} cannot be moved aside for --fresh"):
             args.run.rename(next(old for old in olds if not old.exists()))
     path, log, step = args.run / "last.pt", args.run / "log.jsonl", 0
-    if file := joined(state, path):
-        then = read_checkpoint(path, args.device, file)
-        with blame(f"{path} is damaged: --fresh starts over and keeps it"):
+    sent = joined(state, path)
+    if sent or WORLD == 1 and path.exists():
+        then = read_checkpoint(path, args.device, sent)
+        with blame(f"{path} is damaged: --fresh starts over and keeps it"), warnings.catch_warnings(action="ignore"):
             old, step = then["settings"], int(then["step"])
-            if differ := [f"{name} {old.get(name)}" for name in now | old if now.get(name) != old.get(name)]:
+            if differ := [f"{name} {old.get(name)!s:.99}" for name in now | old if now.get(name) != old.get(name)]:
                 refuse(f"{args.run} was begun with {', '.join(differ)}: repeat that, or start over with --fresh")
             for name, part in state.items():
+                fresh = len(getattr(part, "state", {}))
+                if isinstance(part, torch.optim.Optimizer):  # with the settings of now, for the device of now
+                    then[name]["param_groups"] = part.state_dict()["param_groups"]
                 part.load_state_dict(then[name])
-                for group in getattr(part, "param_groups", []):  # whatever device the checkpoint came from
-                    group.update({"capturable": "cuda" in args.device} if "capturable" in group else {})
+                forms = [  # what an optimiser keeps of a weight; of each the same
+                    {(key, x.dtype, x.layout, x.shape != weight.shape and x.shape) for key, x in kept.items()}
+                    for weight, kept in getattr(part, "state", {}).items()
+                ]
+                if len(forms) < fresh or any(form != forms[0] for form in forms):
+                    raise ValueError(f"{name} is of another form")
     if RANK:
         return step
     for part in args.run.rglob("*.part"):  # of a file that a kill cut off
@@ -766,19 +804,20 @@ def resume(args, state, count):  # same as pix2pix.py
 
 
 def joined(state, path):  # same as pix2pix.py
-    """One of the processes of torchrun becomes one of many. Returns a file like `path` of the first, or None.
+    """One of the processes of torchrun becomes one of many. Returns what the first has at `path`, or None.
 
     From now on optimisers take the mean of the gradients over all processes.
     """
     if WORLD == 1:
-        return path if path.exists() else None
-    dist.init_process_group()
+        return None
+    with blame("the other processes cannot be reached: start all of them with torchrun"):
+        dist.init_process_group()
     for part in state.values():
         if isinstance(part, torch.optim.Optimizer):
             part.register_step_pre_hook(average)
     sent = [path.read_bytes() if path.exists() and not RANK else None]
     dist.broadcast_object_list(sent)
-    return sent[0] and io.BytesIO(sent[0])
+    return sent[0]
 
 
 def average(optimiser, *_):  # same as pix2pix.py
@@ -869,13 +908,14 @@ def main(argv=None):  # same as pix2pix.py
     warnings.filterwarnings("ignore", module="PIL")  # a refusal says it in one sentence
     logging.getLogger("PIL").setLevel(100)
     warnings.simplefilter("error", Image.DecompressionBombWarning)  # above 89 million pixels
+    getattr(sys.stdout, "reconfigure", dict)(errors="backslashreplace")  # files may have names that it cannot show
     try:
         args = get_args(argv)
         if RANK and args.translate:  # one process is enough
             return None
         return (translate if args.translate else train)(args)
     except (SystemExit, OSError, MemoryError, RuntimeError) as error:
-        status, said = getattr(error, "code", None), str(error).partition("\n")[0]
+        status, said = getattr(error, "code", None), str(error).replace("\n", " ")
         full = status is None and (isinstance(error, MemoryError) or "allocate" in said or "out of memory" in said)
         lost = WORLD > 1 and isinstance(error, RuntimeError) and any(name in str(error) for name in ("gloo", "NCCL"))
         if isinstance(status, int) or isinstance(error, RuntimeError) and not full and not lost:

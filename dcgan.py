@@ -28,10 +28,12 @@ import math
 import os
 import re
 import signal
+import socket
 import sqlite3
 import sys
 import time
 import warnings
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from datetime import timedelta
@@ -43,6 +45,7 @@ from PIL import Image, ImageDraw, ImageOps
 from torch import distributed as dist
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision import datasets
 from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import make_grid
@@ -266,7 +269,7 @@ def blame(what):  # same as pix2pix.py
         yield
     except Exception as error:
         error = error.__context__ if isinstance(error.__context__, OSError) else error  # torch.save hides a full disk
-        refuse(f"{what} ({str(error).partition(chr(10))[0].partition('. ')[0] or type(error).__name__})")
+        refuse(f"{what} ({str(error).partition(chr(10))[0].partition('. ')[0] or type(error).__name__:.500})")
 
 
 @contextlib.contextmanager
@@ -291,7 +294,7 @@ def locked(path, wait=0):  # same as pix2pix.py
 
     However a process ends, it leaves. Where a file system has no locks, or nothing can be written, all are let in.
     """
-    whole, until = path.resolve(), time.monotonic() + wait
+    whole, until = Path(os.path.realpath(path)), time.monotonic() + wait
     if RANK and not wait:  # a run folder is the first process's
         yield
         return
@@ -349,7 +352,7 @@ def settle(args, zeros):  # same as gan.py
         least = 0 if name in zeros else 1
         if type(value) in limits and not least <= value < limits[type(value)]:
             refuse(f"--{name.replace('_', '-')} {value}: give a number from {least} up, below {limits[type(value)]}")
-    args.run = args.run or Path("runs", f"{SCRIPT}-{Path(args.data).resolve().name}")
+    args.run = args.run or Path("runs", f"{SCRIPT}-{os.path.basename(os.path.realpath(args.data))}")
     if args.batch_size % WORLD:
         refuse(f"--batch-size {args.batch_size}: give a multiple of {WORLD}, the number of processes")
     if WORLD > 1 and torch.accelerator.is_available():
@@ -384,19 +387,26 @@ def digits(count, seed, size=28):  # same as gan.py
     return torch.from_numpy(pixels.clip(0, 255).astype(np.uint8)), torch.from_numpy(labels)
 
 
+def fetched(args, name, **how):  # same as gan.py
+    """torchvision's data set of that name, which lies below --data-root or is downloaded to there."""
+    kind = getattr(datasets, name)
+    host = getattr(kind, "mirrors", [getattr(kind, "url", "its host")])[0]
+    by_hand = f"put it below --data-root {args.data_root} as torchvision's {name} has it"
+    socket.setdefaulttimeout(60)  # seconds of silence
+    with blame(f"{args.data} cannot be had from {host}: {by_hand}"):
+        args.data_root.mkdir(parents=True, exist_ok=True)
+        return kind(args.data_root, **how or {"download": True})
+
+
 def load_images(args):
     """The number of training images, and read(list of numbers) -> uint8 (N, channels, size, size)."""
     if args.data == "toy":
         return 10000, digits(10000, 0, args.size)[0].expand(-1, args.channels, -1, -1).to(args.device).__getitem__
     folder = args.data_root if args.data in SETS else Path(args.data)
     if args.data in SETS:
-        args.data_root.mkdir(parents=True, exist_ok=True)
         kinds = dict(mnist="MNIST", cifar10="CIFAR10", svhn="SVHN", celeba="CelebA", lsun="LSUN")
-        kind = getattr(datasets, kinds.get(args.data, "FashionMNIST"))
-        with blame(
-            f"{args.data} cannot be had: put it below --data-root {folder} as torchvision's {kind.__name__} has it"
-        ):
-            data = kind(folder, ["bedroom_train"]) if args.data == "lsun" else kind(folder, download=True)
+        how = {"classes": ["bedroom_train"]} if args.data == "lsun" else {}
+        data = fetched(args, kinds.get(args.data, "FashionMNIST"), **how)
         items = [(i,) for i in range(len(data))]
     elif not folder.is_dir():
         refuse(f"--data {args.data} is no folder and none of {', '.join(SETS)}")
@@ -431,7 +441,7 @@ def decoded(args, folder, items, shape, kind, read):  # same as pix2pix.py
     All is read once, and kept in a hidden file in `folder`, or beside the runs if that is read-only, so that memory
     stays flat; a GPU takes all if they fit in a quarter of what is free. --skip-bad leaves out what cannot be read.
     """
-    stats = [(str(file), file.stat()) for item in items for file in item if isinstance(file, Path)]
+    stats = [(str(file), file.stat()) for item in items for file in item if isinstance(file, Path) and file.exists()]
     facts = [(name, stat.st_size, stat.st_mtime_ns, stat.st_ino) for name, stat in stats]
     home, stem = folder if os.access(folder, os.W_OK) else args.run.parent / "cache", f".{SCRIPT}-{kind}-{shape[-1]}"
     cache, one = home / f"{stem}-{hashlib.sha1(repr(facts).encode()).hexdigest()}", math.prod(shape)
@@ -534,7 +544,7 @@ def sample(args):
     """Draw --sample images by RUN/last.pt into a folder of PNGs, and figures beside it. Returns the folder."""
     path, to, seed = args.run / "last.pt", swept(args.to or args.run / "sampled"), args.seed
     checkpoint = read_checkpoint(path, args.device)
-    with blame(f"{path} is damaged"):
+    with blame(f"{path} is damaged"), Budget(path.stat().st_size + 2**20), warnings.catch_warnings(action="ignore"):
         args = argparse.Namespace(**vars(args) | checkpoint["settings"])
         G = build(args)["G"]
         G.load_state_dict(checkpoint["G"])
@@ -577,6 +587,8 @@ def find_images(path):  # same as pix2pix.py
 
 def read_image(path):  # same as pix2pix.py
     """An image of any usual kind as a Pillow image: upright, with 8 bits, grey, RGB or RGBA."""
+    if not path.is_file():  # a pipe would be waited for without end
+        refuse(f"{path} is no file, or a link to none")
     with blame(f"{path} cannot be read as an image"), Image.open(path) as file:
         if file.mode == "F":
             raise ValueError("it has floating-point pixels: save it with 8 or 16 bits")
@@ -612,13 +624,37 @@ def save(args, state, step):  # same as pix2pix.py
     return time.monotonic()
 
 
-def read_checkpoint(path, device, file=None):  # same as pix2pix.py
-    """The dict that `save` wrote; no code that it may hold is run."""
-    with blame(f"{path} cannot be used as a checkpoint of {SCRIPT}.py"):
-        checkpoint = torch.load(file or path, map_location=device, weights_only=True)
+def read_checkpoint(path, device, sent=None):  # same as pix2pix.py
+    """The dict that `save` wrote, to `path` or in the bytes `sent`; no code that it may hold is run."""
+    with (
+        blame(f"{path} cannot be used as a checkpoint of {SCRIPT}.py"),
+        warnings.catch_warnings(action="ignore"),
+        io.BytesIO(sent) if sent else open(path, "rb") as file,
+    ):
+        with zipfile.ZipFile(file) as parts:  # torch checks no checksum, and unpacks whatever it is given
+            if any(part.compress_type for part in parts.infolist()) or parts.testzip():
+                raise ValueError("it was changed after it was written")
+        file.seek(0)
+        checkpoint = torch.load(file, map_location=device, weights_only=True)
         if (checkpoint["script"], checkpoint["version"]) != (SCRIPT, 1):
             raise ValueError(f"it is one of {checkpoint['script']}.py, version {checkpoint['version']}")
         return checkpoint
+
+
+class Budget(TorchDispatchMode):  # same as pix2pix.py
+    """Refuses to make new tensors of more than so many bytes: settings from elsewhere may ask for any."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.left = size
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **kwargs or {})
+        if isinstance(made, torch.Tensor) and not any(isinstance(arg, torch.Tensor) for arg in args):
+            self.left -= made.nbytes
+            if self.left < 0:
+                raise ValueError("its settings are of larger networks than it holds")
+        return made
 
 
 def resume(args, state, count):  # same as pix2pix.py
@@ -630,16 +666,24 @@ def resume(args, state, count):  # same as pix2pix.py
         with blame(f"{args.run} cannot be moved aside for --fresh"):
             args.run.rename(next(old for old in olds if not old.exists()))
     path, log, step = args.run / "last.pt", args.run / "log.jsonl", 0
-    if file := joined(state, path):
-        then = read_checkpoint(path, args.device, file)
-        with blame(f"{path} is damaged: --fresh starts over and keeps it"):
+    sent = joined(state, path)
+    if sent or WORLD == 1 and path.exists():
+        then = read_checkpoint(path, args.device, sent)
+        with blame(f"{path} is damaged: --fresh starts over and keeps it"), warnings.catch_warnings(action="ignore"):
             old, step = then["settings"], int(then["step"])
-            if differ := [f"{name} {old.get(name)}" for name in now | old if now.get(name) != old.get(name)]:
+            if differ := [f"{name} {old.get(name)!s:.99}" for name in now | old if now.get(name) != old.get(name)]:
                 refuse(f"{args.run} was begun with {', '.join(differ)}: repeat that, or start over with --fresh")
             for name, part in state.items():
+                fresh = len(getattr(part, "state", {}))
+                if isinstance(part, torch.optim.Optimizer):  # with the settings of now, for the device of now
+                    then[name]["param_groups"] = part.state_dict()["param_groups"]
                 part.load_state_dict(then[name])
-                for group in getattr(part, "param_groups", []):  # whatever device the checkpoint came from
-                    group.update({"capturable": "cuda" in args.device} if "capturable" in group else {})
+                forms = [  # what an optimiser keeps of a weight; of each the same
+                    {(key, x.dtype, x.layout, x.shape != weight.shape and x.shape) for key, x in kept.items()}
+                    for weight, kept in getattr(part, "state", {}).items()
+                ]
+                if len(forms) < fresh or any(form != forms[0] for form in forms):
+                    raise ValueError(f"{name} is of another form")
     if RANK:
         return step
     for part in args.run.rglob("*.part"):  # of a file that a kill cut off
@@ -653,14 +697,15 @@ def resume(args, state, count):  # same as pix2pix.py
 
 
 def joined(state, path):
-    """One of the processes of torchrun becomes one of many. Returns a file like `path` of the first, or None.
+    """One of the processes of torchrun becomes one of many. Returns what the first has at `path`, or None.
 
     From now on optimisers take the mean of the gradients over all processes, and batch norm has the statistics
     of the whole batch.
     """
     if WORLD == 1:
-        return path if path.exists() else None
-    dist.init_process_group()
+        return None
+    with blame("the other processes cannot be reached: start all of them with torchrun"):
+        dist.init_process_group()
     for part in state.values():
         if isinstance(part, torch.optim.Optimizer):
             part.register_step_pre_hook(average)
@@ -669,7 +714,7 @@ def joined(state, path):
                 norm.forward = functools.partial(whole_norm, norm)
     sent = [path.read_bytes() if path.exists() and not RANK else None]
     dist.broadcast_object_list(sent)
-    return sent[0] and io.BytesIO(sent[0])
+    return sent[0]
 
 
 class AllSum(torch.autograd.Function):
@@ -780,13 +825,14 @@ def main(argv=None):
     warnings.filterwarnings("ignore", module="PIL")  # a refusal says it in one sentence
     logging.getLogger("PIL").setLevel(100)
     warnings.simplefilter("error", Image.DecompressionBombWarning)  # above 89 million pixels
+    getattr(sys.stdout, "reconfigure", dict)(errors="backslashreplace")  # files may have names that it cannot show
     try:
         args = get_args(argv)
         if RANK and (args.sample or args.arithmetic or args.turn):  # one process is enough
             return None
         return (sample if args.sample or args.arithmetic or args.turn else train)(args)
     except (SystemExit, OSError, MemoryError, RuntimeError) as error:
-        status, said = getattr(error, "code", None), str(error).partition("\n")[0]
+        status, said = getattr(error, "code", None), str(error).replace("\n", " ")
         full = status is None and (isinstance(error, MemoryError) or "allocate" in said or "out of memory" in said)
         lost = WORLD > 1 and isinstance(error, RuntimeError) and any(name in str(error) for name in ("gloo", "NCCL"))
         if isinstance(status, int) or isinstance(error, RuntimeError) and not full and not lost:

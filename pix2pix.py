@@ -34,6 +34,7 @@ import tarfile
 import tempfile
 import time
 import warnings
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from datetime import timedelta
@@ -45,6 +46,7 @@ from PIL import Image, ImageCms, ImageFilter, ImageOps
 from torch import distributed as dist
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import make_grid
 
@@ -111,7 +113,7 @@ def get_args(argv=None):
             refuse(f"--{name.replace('_', '-')} {value}: give a number from {least} up, below {limits[type(value)]}")
     args.load_size = args.load_size or args.size * 286 // 256
     args.in_channels, args.out_channels = MADE.get(args.source, (args.in_channels, args.out_channels))
-    args.run = args.run or Path("runs", f"{SCRIPT}-{Path(args.data).resolve().name}")
+    args.run = args.run or Path("runs", f"{SCRIPT}-{os.path.basename(os.path.realpath(args.data))}")
     if args.size & (args.size - 1) or not max(16, 3 << args.n_layers) <= args.size <= args.load_size:
         refuse(f"--size {args.size}: give a power of two above 2 * 2**n_layers, 16 to --load-size {args.load_size}")
     if args.source and (args.data in SETS or args.direction == "BtoA"):
@@ -290,7 +292,7 @@ def blame(what):
         yield
     except Exception as error:
         error = error.__context__ if isinstance(error.__context__, OSError) else error  # torch.save hides a full disk
-        refuse(f"{what} ({str(error).partition(chr(10))[0].partition('. ')[0] or type(error).__name__})")
+        refuse(f"{what} ({str(error).partition(chr(10))[0].partition('. ')[0] or type(error).__name__:.500})")
 
 
 @contextlib.contextmanager
@@ -315,7 +317,7 @@ def locked(path, wait=0):
 
     However a process ends, it leaves. Where a file system has no locks, or nothing can be written, all are let in.
     """
-    whole, until = path.resolve(), time.monotonic() + wait
+    whole, until = Path(os.path.realpath(path)), time.monotonic() + wait
     if RANK and not wait:  # a run folder is the first process's
         yield
         return
@@ -422,7 +424,7 @@ def decoded(args, folder, items, shape, kind, read):
     All is read once, and kept in a hidden file in `folder`, or beside the runs if that is read-only, so that memory
     stays flat; a GPU takes all if they fit in a quarter of what is free. --skip-bad leaves out what cannot be read.
     """
-    stats = [(str(file), file.stat()) for item in items for file in item if isinstance(file, Path)]
+    stats = [(str(file), file.stat()) for item in items for file in item if isinstance(file, Path) and file.exists()]
     facts = [(name, stat.st_size, stat.st_mtime_ns, stat.st_ino) for name, stat in stats]
     home, stem = folder if os.access(folder, os.W_OK) else args.run.parent / "cache", f".{SCRIPT}-{kind}-{shape[-1]}"
     cache, one = home / f"{stem}-{hashlib.sha1(repr(facts).encode()).hexdigest()}", math.prod(shape)
@@ -490,14 +492,17 @@ def find_data(args):
                     inside = bounded(tar, 2**30 + 20 * packed.stat().st_size)
                     tar.extractall(part, inside, filter="data")  # nothing outside of `part`, no device or link out
                     tar.fileobj.read()  # up to the checksum at the end of a gzip
-                return Path(part, args.data).rename(folder)
+                os.rename(os.path.join(part, args.data, ""), folder)  # no mere file, by the last slash
+                return folder
 
 
 def bounded(tar, most):
-    """The members of a tar, up to `most` bytes in all: an archive may unpack to a million times its size."""
+    """The files and folders in a tar, up to `most` bytes in all: it may unpack to a million times its size."""
     for member in tar:
         if (most := most - 512 - member.size) < 0:
             raise ValueError("it unpacks to more than a gigabyte and 20 times its size")
+        if not (member.isfile() or member.isdir()):
+            raise ValueError(f"it holds a link or a device, {member.name}")
         yield member
 
 
@@ -529,6 +534,8 @@ def find_images(path):
 
 def read_image(path):
     """An image of any usual kind as a Pillow image: upright, with 8 bits, grey, RGB or RGBA."""
+    if not path.is_file():  # a pipe would be waited for without end
+        refuse(f"{path} is no file, or a link to none")
     with blame(f"{path} cannot be read as an image"), Image.open(path) as file:
         if file.mode == "F":
             raise ValueError("it has floating-point pixels: save it with 8 or 16 bits")
@@ -635,11 +642,13 @@ def translate(args):
     """Translate --translate, an image or a folder, of any size, by RUN/last.pt. Returns the folder of the results."""
     path, to = args.run / "last.pt", swept(args.to or args.run / "translated")
     names, files = zip(*find_images(args.translate).items())
-    if {file.resolve() for file in files} & {(to / f"{name}.png").resolve() for name in names}:
+    if {*map(os.path.realpath, files)} & {os.path.realpath(to / f"{name}.png") for name in names}:
         refuse(f"--to {to} would overwrite what is to be translated: choose another folder")
     checkpoint = read_checkpoint(path, args.device)
-    with blame(f"{path} is damaged"):
+    with blame(f"{path} is damaged"), Budget(path.stat().st_size + 2**20), warnings.catch_warnings(action="ignore"):
         args = argparse.Namespace(**vars(args) | checkpoint["settings"])
+        if args.n_layers > 99:  # the list of their widths alone would take for ever
+            raise ValueError(f"it has n_layers {args.n_layers}")
         G = build(args)["G"]
         G.load_state_dict(checkpoint["G"])
 
@@ -671,13 +680,37 @@ def save(args, state, step):
     return time.monotonic()
 
 
-def read_checkpoint(path, device, file=None):
-    """The dict that `save` wrote; no code that it may hold is run."""
-    with blame(f"{path} cannot be used as a checkpoint of {SCRIPT}.py"):
-        checkpoint = torch.load(file or path, map_location=device, weights_only=True)
+def read_checkpoint(path, device, sent=None):
+    """The dict that `save` wrote, to `path` or in the bytes `sent`; no code that it may hold is run."""
+    with (
+        blame(f"{path} cannot be used as a checkpoint of {SCRIPT}.py"),
+        warnings.catch_warnings(action="ignore"),
+        io.BytesIO(sent) if sent else open(path, "rb") as file,
+    ):
+        with zipfile.ZipFile(file) as parts:  # torch checks no checksum, and unpacks whatever it is given
+            if any(part.compress_type for part in parts.infolist()) or parts.testzip():
+                raise ValueError("it was changed after it was written")
+        file.seek(0)
+        checkpoint = torch.load(file, map_location=device, weights_only=True)
         if (checkpoint["script"], checkpoint["version"]) != (SCRIPT, 1):
             raise ValueError(f"it is one of {checkpoint['script']}.py, version {checkpoint['version']}")
         return checkpoint
+
+
+class Budget(TorchDispatchMode):
+    """Refuses to make new tensors of more than so many bytes: settings from elsewhere may ask for any."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.left = size
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **kwargs or {})
+        if isinstance(made, torch.Tensor) and not any(isinstance(arg, torch.Tensor) for arg in args):
+            self.left -= made.nbytes
+            if self.left < 0:
+                raise ValueError("its settings are of larger networks than it holds")
+        return made
 
 
 def resume(args, state, count):
@@ -689,16 +722,24 @@ def resume(args, state, count):
         with blame(f"{args.run} cannot be moved aside for --fresh"):
             args.run.rename(next(old for old in olds if not old.exists()))
     path, log, step = args.run / "last.pt", args.run / "log.jsonl", 0
-    if file := joined(state, path):
-        then = read_checkpoint(path, args.device, file)
-        with blame(f"{path} is damaged: --fresh starts over and keeps it"):
+    sent = joined(state, path)
+    if sent or WORLD == 1 and path.exists():
+        then = read_checkpoint(path, args.device, sent)
+        with blame(f"{path} is damaged: --fresh starts over and keeps it"), warnings.catch_warnings(action="ignore"):
             old, step = then["settings"], int(then["step"])
-            if differ := [f"{name} {old.get(name)}" for name in now | old if now.get(name) != old.get(name)]:
+            if differ := [f"{name} {old.get(name)!s:.99}" for name in now | old if now.get(name) != old.get(name)]:
                 refuse(f"{args.run} was begun with {', '.join(differ)}: repeat that, or start over with --fresh")
             for name, part in state.items():
+                fresh = len(getattr(part, "state", {}))
+                if isinstance(part, torch.optim.Optimizer):  # with the settings of now, for the device of now
+                    then[name]["param_groups"] = part.state_dict()["param_groups"]
                 part.load_state_dict(then[name])
-                for group in getattr(part, "param_groups", []):  # whatever device the checkpoint came from
-                    group.update({"capturable": "cuda" in args.device} if "capturable" in group else {})
+                forms = [  # what an optimiser keeps of a weight; of each the same
+                    {(key, x.dtype, x.layout, x.shape != weight.shape and x.shape) for key, x in kept.items()}
+                    for weight, kept in getattr(part, "state", {}).items()
+                ]
+                if len(forms) < fresh or any(form != forms[0] for form in forms):
+                    raise ValueError(f"{name} is of another form")
     if RANK:
         return step
     for part in args.run.rglob("*.part"):  # of a file that a kill cut off
@@ -712,19 +753,20 @@ def resume(args, state, count):
 
 
 def joined(state, path):
-    """One of the processes of torchrun becomes one of many. Returns a file like `path` of the first, or None.
+    """One of the processes of torchrun becomes one of many. Returns what the first has at `path`, or None.
 
     From now on optimisers take the mean of the gradients over all processes.
     """
     if WORLD == 1:
-        return path if path.exists() else None
-    dist.init_process_group()
+        return None
+    with blame("the other processes cannot be reached: start all of them with torchrun"):
+        dist.init_process_group()
     for part in state.values():
         if isinstance(part, torch.optim.Optimizer):
             part.register_step_pre_hook(average)
     sent = [path.read_bytes() if path.exists() and not RANK else None]
     dist.broadcast_object_list(sent)
-    return sent[0] and io.BytesIO(sent[0])
+    return sent[0]
 
 
 def average(optimiser, *_):
@@ -807,13 +849,14 @@ def main(argv=None):
     warnings.filterwarnings("ignore", module="PIL")  # a refusal says it in one sentence
     logging.getLogger("PIL").setLevel(100)
     warnings.simplefilter("error", Image.DecompressionBombWarning)  # above 89 million pixels
+    getattr(sys.stdout, "reconfigure", dict)(errors="backslashreplace")  # files may have names that it cannot show
     try:
         args = get_args(argv)
         if RANK and args.translate:  # one process is enough
             return None
         return (translate if args.translate else train)(args)
     except (SystemExit, OSError, MemoryError, RuntimeError) as error:
-        status, said = getattr(error, "code", None), str(error).partition("\n")[0]
+        status, said = getattr(error, "code", None), str(error).replace("\n", " ")
         full = status is None and (isinstance(error, MemoryError) or "allocate" in said or "out of memory" in said)
         lost = WORLD > 1 and isinstance(error, RuntimeError) and any(name in str(error) for name in ("gloo", "NCCL"))
         if isinstance(status, int) or isinstance(error, RuntimeError) and not full and not lost:

@@ -1,6 +1,8 @@
 """What every test shares: one thread a process, a folder of its own, and ways to run a script."""
 
+import http.server
 import os
+import threading
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported; results then have the same bits in every process
 
@@ -50,3 +52,47 @@ def start():
     for child in children:
         child.kill()
         child.communicate()
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """Answers all requests alike, but those for a page."""
+
+    def do_GET(self):  # noqa: N802
+        self.server.asked.append(self.path)
+        answer = 200, b"<html>This domain is for sale</html>", None
+        if self.path != "/page":
+            answer = self.server.answer(self.path) if callable(self.server.answer) else self.server.answer
+        if answer is None:
+            self.server.over.wait(60)
+            return
+        status, body, length = answer
+        self.send_response(status)
+        if status == 302:
+            self.send_header("Location", "/page")
+        self.send_header("Content-Length", str(len(body) if length is None else length))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """A local server: `answer` is (status, body, promised length), None for silence, or takes a path and gives these.
+
+    `asked` are the paths; 302 leads to a page.
+    """
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.asked, server.over, server.answer = [], threading.Event(), None
+    server.address = f"http://127.0.0.1:{server.server_address[1]}"
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
+    thread.start()
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    yield server
+    server.over.set()
+    server.shutdown()
+    server.server_close()
+    thread.join()

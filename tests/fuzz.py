@@ -57,9 +57,9 @@ from test_resume import differences
 NAMED = {row.name: row for row in ROWS}
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 NUMBERS = (0, 1, 2, 3, 8, 40, 255, 256, 9_000, 16_384, 65_535, 65_536, 100_000, 2**31 - 1, 2**31, 2**32 - 1)
-SECONDS = 10  # that an input may take
-MEMORY = {"image": 1024}  # MiB that it may cost above what the process had; 256 for all other kinds
-LIBTIFF = re.compile(r"^(?!\w+\.py: )[\w, ]+: .*\n(?=.*\n)", re.MULTILINE)  # its own words, which Pillow lets through
+SECONDS = 20  # that an input may take
+MEMORY = {"image": 1280}  # MiB that it may cost above what the process had; 256 for all other kinds
+LIBTIFF = re.compile(r"^(?!\w+\.py: )[\w., ]+: .*\n", re.MULTILINE)  # its own words, which Pillow lets through
 TRIES = 200  # of making a fault smaller
 ROOM = 8 * 2**30  # bytes of addresses beyond those in use, so that what asks for all memory does not get it
 
@@ -79,9 +79,11 @@ def memory(field):
 
 
 def forget_peak():
-    """Let the peak of resident memory begin anew."""
+    """Let the peak of resident memory begin anew. Returns what is resident now, or all that could be, if it cannot."""
     with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as file:
         file.write("5")
+        return memory("VmRSS")
+    return math.inf
 
 
 @contextlib.contextmanager
@@ -137,8 +139,7 @@ def attempt(row, *flags, instead=None, room=0):
     def ring(*_):
         raise HangError(f"more than {SECONDS} s")
 
-    forget_peak()
-    held = memory("VmRSS")
+    held = forget_peak()
     with limited(room), streams() as shown:
         signal.signal(signal.SIGALRM, ring)
         signal.setitimer(signal.ITIMER_REAL, SECONDS)
@@ -159,8 +160,8 @@ def attempt(row, *flags, instead=None, room=0):
                 signal.signal(kind, handler)
             socket.setdefaulttimeout(patience)
             row.module.train = train
-    shown.err = LIBTIFF.sub("", shown.err) if end.code == 2 else shown.err
-    end.out, end.err, end.warned = shown.out, shown.err, [str(warning.message) for warning in shown.warned]
+    end.out, end.err = shown.out, LIBTIFF.sub("", shown.err)
+    end.warned = [str(warning.message) for warning in shown.warned]
     end.seconds, end.peak = time.monotonic() - begun, max(0, memory("VmHWM") - held) / 1024
     return end
 
@@ -313,7 +314,7 @@ def album():
     for kind in ("tiff_lzw", "tiff_adobe_deflate", "packbits", "jpeg", "lzma", "zstd"):
         found[f"{kind} TIFF"] = saved(colour, "TIFF", compression=kind)
     found["group 4 TIFF"] = saved(colour.convert("1"), "TIFF", compression="group4")
-    for kind in "GIF PPM TGA PCX ICO DDS SGI IM MSP XBM EPS PDF JPEG2000 ICNS SPIDER AVIF".split():
+    for kind in "GIF PPM TGA PCX ICO DDS SGI MSP XBM EPS PDF JPEG2000 ICNS SPIDER AVIF".split():
         with contextlib.suppress(KeyError, OSError, ValueError):  # whatever is built in
             found[f"{kind}"] = saved(colour.convert("1") if kind in ("MSP", "XBM") else colour, kind)
     for name, value in (("numbers", 0.5), ("nothing", math.nan), ("infinite", math.inf), ("huge", 3e38)):
@@ -471,7 +472,8 @@ def check_image(lab, case):
         if end.code == 0 and not case["repair"] and case["damage"] and {part[0] for part in case["damage"]} == {"cut"}:
             (folder / name).write_bytes(whole)
             with warnings.catch_warnings(action="ignore"):
-                found += [] if same_pixels(row.module.read_image(folder / name), kept[0]) else ["reads half an image"]
+                same = same_pixels(row.module.flatten(row.module.read_image(folder / name), 4), kept[3])
+            found += [] if same else ["reads half an image"]
         return end, found
     (lay_set(row, folder / "set", [name]) / name).write_bytes(data)
     flags += ["--data", "set", *["--skip-bad"] * (mode == "skip")]
@@ -505,7 +507,7 @@ PATH_CASES = st.fixed_dictionaries({
     "mode": st.sampled_from(("set", "skip", "use", "data")),
     "path": st.sampled_from([*PATHS]),
     "suffix": st.sampled_from(SUFFIXES),
-    "stem": st.sampled_from(("x", "x y", "\u732b", "x\udce9", "x" * 200, "-x", "x%s{}", "[x]*?", "x'\"\\")),
+    "stem": st.sampled_from(("x", "x y", "\u732b", "x\udce9", "x" * 200, "-x", "x%s{}", "[x]*?", "x'\"\\", "x\ny")),
 })  # fmt: skip
 
 
@@ -513,7 +515,7 @@ def check_path(lab, case):
     """A name of an image that is no file, in a set, translated, or as the set."""
     row, mode = NAMED[case["script"]], case["mode"]
     name, flags, kept = case["stem"] + case["suffix"], [*row.tiny.split(), "--run", "run"], []
-    said = name.encode("utf-8", "backslashreplace").decode()
+    said = name.encode("utf-8", "backslashreplace").decode().replace("\n", " ")
     if mode == "use" and row.name in ("pix2pix", "cyclegan"):
         trained, run = lab.lay_run(row)
         PATHS[case["path"]](lab.case / name)
@@ -710,7 +712,7 @@ CHANGES = {  # of a tensor
     "sparse": torch.Tensor.to_sparse,
     "nowhere": lambda tensor: tensor.to("meta"),
     "one for all": lambda tensor: tensor.flatten()[:1].clone().expand(tensor.shape) if tensor.numel() else tensor,
-    "turned": lambda tensor: tensor.T if tensor.ndim < 3 else tensor.transpose(0, 1),
+    "turned": lambda tensor: tensor.transpose(0, -1) if tensor.ndim else tensor,
     "more": lambda tensor: torch.cat([tensor.flatten(), tensor.flatten()]),
     "less": lambda tensor: tensor.flatten()[:1].clone(),
     "flat": torch.Tensor.flatten,
@@ -793,7 +795,7 @@ LINES = st.lists(
         st.text(max_size=20).map(lambda text: text.encode("utf-8", "surrogatepass")),
         st.sampled_from((
             b"[" * 100_000, b"{", b'{"step": 1', b'{"step": NaN}', b'{"step": 1e999}', b'{"step": 1}\r', b"\xff\xfe\0",
-            "na\u00efve".encode("latin-1"), b"\xef\xbb\xbf{}", b"one\x0btwo\x1cthree", b"a" * 1_000_000, b"9" * 5000,
+            "na\u00efve".encode("latin-1"), b"\xef\xbb\xbf{}", b"one\x0btwo\x1cthree", b"a" * 100_000, b"9" * 5000,
             b"", b" ", "\u2028".encode(),
         )),
     ),
@@ -868,7 +870,7 @@ def check_captions(lab, case):
         prompt = prompt.encode("utf-8", "replace").decode()  # as it comes from a command line
         flags = ["--run", "run", f"--prompt={prompt}", "--sample", 2, "--to", "out", "--device", "cpu"]
         end = attempt(row, *flags, room=ROOM)
-        return end, faults(end, "--prompt", "prompt") + left(lab.case)
+        return end, faults(end, "--prompt", "prompt", ".npy") + left(lab.case)
     end = attempt(row, *row.tiny.split(), "--data", "set", instead=functools.partial(load, kept=kept), room=ROOM)
     found = faults(end, "set") + left(lab.case)
     if end.code == 0 and any(not said for said, _ in kept[0]):
@@ -894,9 +896,9 @@ NPY = st.one_of(
 )  # fmt: skip
 VALUES = st.sampled_from((1.0, 0.0, math.nan, math.inf, 1e300, 1e-300, 255))
 ARRAYS = st.builds(
-    lambda kind, shape, value: np.full(shape, value if kind in "<f4<f8<f2" else 1, kind),
+    lambda kind, shape, value: np.full(shape, value if kind == "<f8" else 1, kind),
     st.sampled_from(("<f4", "<f8", "<f2", "<i8", "|u1", "|b1", "<c16", "|O", "<U3", "<f16")),
-    st.sampled_from(((4, 8), (2, 2, 8), (8,), (2, 7), (0, 8), (), (32,), (4, 8, 1))),
+    st.sampled_from(((4, 8),) * 6 + ((2, 2, 8),) * 2 + ((8,), (2, 7), (0, 8), (), (32,), (4, 8, 1))),
     VALUES,
 )
 

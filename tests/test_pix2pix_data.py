@@ -1,13 +1,11 @@
 """Pictures into and out of pix2pix.py: kinds of files, layouts, jitter, cache, translation, toy set, downloads."""
 
-import http.server
 import io
 import itertools
 import os
 import socket
 import struct
 import tarfile
-import threading
 import time
 import warnings
 import zlib
@@ -1079,33 +1077,11 @@ GOOD = packed(IMAGES)
 
 
 @pytest.fixture
-def server(monkeypatch):
-    """A local server in place of HOST: `server.answer` is (status, body, promised length), `server.asked` the paths."""
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):  # noqa: N802
-            self.server.asked.append(self.path)
-            status, body, length = self.server.answer
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(body) if length is None else length))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, *_):
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.asked, server.answer = [], (200, GOOD, None)
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
-    thread.start()
-    monkeypatch.setattr(pix2pix, "HOST", f"http://127.0.0.1:{server.server_address[1]}/sets/")
-    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    yield server
-    server.shutdown()
-    server.server_close()
-    thread.join()
+def server(server, monkeypatch):
+    """The local server in place of HOST; it has the set."""
+    server.answer = 200, GOOD, None
+    monkeypatch.setattr(pix2pix, "HOST", f"{server.address}/sets/")
+    return server
 
 
 def download(tmp_path):
