@@ -324,12 +324,13 @@ def train(args):
                 optimiser.param_groups[0]["lr"].fill_(args.lr * (1 - decay))
             torch.manual_seed(hash((args.seed, step)))  # of the pools; so that an update is the same after a stop
             losses = update(x, y)
-            saving = agreed(stopped) or step == goal or step % args.save_every == 0 or time.monotonic() - saved > 600
+            ending = agreed(stopped)
+            saving = ending or step == goal or step % args.save_every == 0 or time.monotonic() - saved > 600
             row = report(args, step, goal, epoch, losses, row, saving or step == begun + 1)
             if saving and not RANK:
                 paint(args, state, tests, args.run / "samples" / f"{step:07}.png", 4)
                 saved = save(args, state, step)
-            if stopped:
+            if ending:
                 break
     with locked(args.run, 60):
         if not (grid := args.run / "samples" / f"{goal:07}-test.png").exists():
@@ -838,11 +839,11 @@ def gathered(x):
 
 
 def agreed(stopped):  # same as pix2pix.py
-    """The list of signals, with what any of the processes was sent, so that all stop at the same update."""
+    """Whether any of the processes was sent a signal, so that all stop at the same update; `stopped` has it then."""
     if WORLD > 1:
         dist.all_reduce(last := torch.tensor(stopped[-1] if stopped else 0), dist.ReduceOp.MAX)
         stopped += [last.item()] * (last.item() > 0)
-    return stopped
+    return bool(stopped)
 
 
 def capture(step, args):  # same as pix2pix.py

@@ -261,12 +261,13 @@ def train(args):
                 optimiser.param_groups[0]["momentum"].fill_(0.5 + 0.2 * min((epoch - 1) / 249, 1))
             torch.manual_seed(hash((args.seed, step)) + RANK)  # z, dropout; so that an update is the same after a stop
             losses = update(x)
-            saving = agreed(stopped) or step == goal or step % args.save_every == 0 or time.monotonic() - saved > 600
+            ending = agreed(stopped)
+            saving = ending or step == goal or step % args.save_every == 0 or time.monotonic() - saved > 600
             row = report(args, step, goal, epoch, losses, row, saving or step == begun + 1)
             if saving and not RANK:
                 paint(args.run / "samples" / f"{step:07}.png", draw(args, state["G"], fixed_z))
                 saved = save(args, state, step)
-            if stopped:
+            if ending:
                 break
     with locked(args.run, 60):
         if not (figure := args.run / "samples" / f"{goal:07}-nearest.png").exists():
@@ -668,11 +669,11 @@ def average(optimiser, *_):  # same as pix2pix.py
 
 
 def agreed(stopped):  # same as pix2pix.py
-    """The list of signals, with what any of the processes was sent, so that all stop at the same update."""
+    """Whether any of the processes was sent a signal, so that all stop at the same update; `stopped` has it then."""
     if WORLD > 1:
         dist.all_reduce(last := torch.tensor(stopped[-1] if stopped else 0), dist.ReduceOp.MAX)
         stopped += [last.item()] * (last.item() > 0)
-    return stopped
+    return bool(stopped)
 
 
 def capture(step, args):  # same as pix2pix.py

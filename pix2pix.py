@@ -263,12 +263,13 @@ def train(args):
                 optimiser.param_groups[0]["lr"].fill_(args.lr * (1 - decay))
             torch.manual_seed(hash((args.seed, step)) + RANK)  # dropout; so that an update is the same after a stop
             losses = update(x, y)
-            saving = agreed(stopped) or step == goal or step % args.save_every == 0 or time.monotonic() - saved > 600
+            ending = agreed(stopped)
+            saving = ending or step == goal or step % args.save_every == 0 or time.monotonic() - saved > 600
             row = report(args, step, goal, epoch, losses, row, saving or step == begun + 1)
             if saving and not RANK:
                 paint(args, state["G"], tests[:4], read_test, args.run / "samples" / f"{step:07}.png")
                 saved = save(args, state, step)
-            if stopped:
+            if ending:
                 break
     with locked(args.run, 60):
         if not (grid := args.run / "samples" / f"{goal:07}-test.png").exists():
@@ -779,11 +780,11 @@ def average(optimiser, *_):
 
 
 def agreed(stopped):
-    """The list of signals, with what any of the processes was sent, so that all stop at the same update."""
+    """Whether any of the processes was sent a signal, so that all stop at the same update; `stopped` has it then."""
     if WORLD > 1:
         dist.all_reduce(last := torch.tensor(stopped[-1] if stopped else 0), dist.ReduceOp.MAX)
         stopped += [last.item()] * (last.item() > 0)
-    return stopped
+    return bool(stopped)
 
 
 def capture(step, args):

@@ -381,12 +381,12 @@ def train(args):
             torch.manual_seed(hash((args.seed, step)))  # z; so that an update is the same after a stop
             losses = updates[phase](*batch)
             due = step in (*ends, goal) or step % args.save_every == 0 or time.monotonic() - saved > 600
-            saving = agreed(stopped) or due
+            saving = (ending := agreed(stopped)) or due
             row = report(args, step, goal, epoch, losses, row, saving or step == begun + 1)
             if saving and not RANK:
                 paint_sentences(args.run / "samples" / f"{step:07}.png", args, state, data)
                 saved = save(args, state, step)
-            if stopped:
+            if ending:
                 break
     with locked(args.run, 60):
         paint_figures(args, state, data)
@@ -1058,11 +1058,11 @@ def average(optimiser, *_):  # same as pix2pix.py
 
 
 def agreed(stopped):  # same as pix2pix.py
-    """The list of signals, with what any of the processes was sent, so that all stop at the same update."""
+    """Whether any of the processes was sent a signal, so that all stop at the same update; `stopped` has it then."""
     if WORLD > 1:
         dist.all_reduce(last := torch.tensor(stopped[-1] if stopped else 0), dist.ReduceOp.MAX)
         stopped += [last.item()] * (last.item() > 0)
-    return stopped
+    return bool(stopped)
 
 
 def capture(step, args):  # same as pix2pix.py
