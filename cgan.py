@@ -826,3 +826,5 @@ def main(argv=None):  # same as gan.py
 
 if __name__ == "__main__":
     main()
+    for number in (signal.SIGINT, signal.SIGTERM):  # while Python ends, an exception would be printed and lost
+        signal.signal(number, signal.SIG_DFL)

@@ -847,3 +847,5 @@ def main(argv=None):
 
 if __name__ == "__main__":
     main()
+    for number in (signal.SIGINT, signal.SIGTERM):  # while Python ends, an exception would be printed and lost
+        signal.signal(number, signal.SIG_DFL)

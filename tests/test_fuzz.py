@@ -67,6 +67,8 @@ def warn(path):
 )
 def test_faults_are_found(lab, monkeypatch, plant, title):
     """What a script must not do when it reads an image is found, and stays found while the input is made smaller."""
+    if plant is hoard and fuzz.forget_peak() == math.inf:
+        pytest.skip("the peak of memory cannot be measured here")
     for row in ROWS:
         monkeypatch.setattr(row.module, "read_image", plant)
     monkeypatch.setattr(fuzz, "SECONDS", 0.2)
