@@ -258,6 +258,22 @@ def test_stopped_twice(row, flags, start, tmp_path):
     assert read_checkpoint(run)["step"] == read_log(run)[-1]["step"]
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="no signals")
+def test_stopped_late_in_an_update(row, flags, tmp_path, monkeypatch):
+    """A signal that comes after the loop has looked for one is heeded at the next update, and loses nothing."""
+    run, report, calls = tmp_path / "run", row.module.report, []
+
+    def interrupted(*given):
+        calls.append(given)
+        if len(calls) == 3:
+            signal.raise_signal(signal.SIGTERM)
+        return report(*given)
+
+    monkeypatch.setattr(row.module, "report", interrupted)
+    assert run_main(row, *flags, *ENDLESS, "--run", run) == 143
+    assert read_checkpoint(run)["step"] == len(calls) == 4
+
+
 def test_damaged_log(row, call, tmp_path):
     """A log that a crash cut short loses its broken row and goes on; one that is no log is refused by name."""
     flags = [*row.tiny.split(), "--run", tmp_path / "run", "--max-steps"]
