@@ -167,8 +167,7 @@ def test_killed(company, victim):
     assert_same_run(company.folder / "first", company.path)
 
 
-@pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGINT], ids=lambda kind: kind.name)
-@pytest.mark.parametrize("told", [0, 1])
+@pytest.mark.parametrize(("told", "kind"), [(0, signal.SIGTERM), (1, signal.SIGINT)], ids=str)
 @of("pix2pix", "text2img")
 def test_stopped(company, told, kind):
     """A signal to any of the processes stops all of them at the same update, and the checkpoint is that of it."""
