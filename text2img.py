@@ -471,7 +471,10 @@ def locked(path, wait=0):  # same as pix2pix.py
 
 @contextlib.contextmanager
 def signals():  # same as pix2pix.py
-    """A list onto which SIGINT and SIGTERM are put, so that the loop can save; then they end the script."""
+    """A list onto which SIGINT and SIGTERM are put, so that the loop can save; then they end the script.
+
+    Of several processes all but the first end here in any case.
+    """
     caught, kinds = [], (signal.SIGINT, signal.SIGTERM)
     before = [signal.signal(kind, lambda number, frame: caught.append(number)) for kind in kinds]
     try:

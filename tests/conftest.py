@@ -6,6 +6,7 @@ import threading
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported; results then have the same bits in every process
 
+import contextlib
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -36,6 +37,15 @@ def call(capsys):
         return SimpleNamespace(code=code, **capsys.readouterr()._asdict())
 
     return call
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    """Where children of a process run that has imported everything; see torture.py."""
+    from torture import Lab  # which not every test needs
+
+    with contextlib.closing(Lab(tmp_path_factory.mktemp("lab"), processes=False)) as lab:
+        yield lab
 
 
 @pytest.fixture

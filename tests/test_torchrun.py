@@ -3,7 +3,6 @@
 In place of torchrun the test keeps the store in which they meet, so that nothing listens but on the loopback interface.
 """
 
-import contextlib
 import os
 import shutil
 import signal
@@ -18,7 +17,7 @@ from scripts import read_checkpoint, read_log, snapshot
 from test_resume import assert_same_run
 from test_torture import of
 from torch import distributed as dist
-from torture import OLD, Lab, finish
+from torture import OLD, finish
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="nothing can be forked here")
 UPDATES = 20
@@ -27,13 +26,6 @@ EQUAL = {  # flags with which two processes do what one does, but for dropout; t
     "cyclegan": "--terms gan",  # an L1 has a kink in each pixel, over which rounding sends a few
     "text2img": "--text-epochs 1 --epochs 3 --style-epochs 40 --no-int",
 }
-
-
-@pytest.fixture(scope="module")
-def lab(tmp_path_factory):
-    """Where children run."""
-    with contextlib.closing(Lab(tmp_path_factory.mktemp("lab"), processes=False)) as lab:
-        yield lab
 
 
 class Company:

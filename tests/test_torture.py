@@ -25,7 +25,6 @@ from torture import (
     FETCHING,
     OLD,
     SIGNALS,
-    Lab,
     finish,
     growth,
     left,
@@ -44,13 +43,6 @@ def of(*names):
     """Run a test for some rows only, where the others have the same code or nothing of the kind."""
     rows = [row for row in ROWS if row.name in names]
     return pytest.mark.parametrize("row", rows, ids=lambda row: row.name, indirect=True)
-
-
-@pytest.fixture(scope="module")
-def lab(tmp_path_factory):
-    """Where children run."""
-    with contextlib.closing(Lab(tmp_path_factory.mktemp("lab"), processes=False)) as lab:
-        yield lab
 
 
 class Run:
