@@ -72,8 +72,9 @@ def labelled(text, images, across):
 
 
 def stacked(sheets):
-    """Sheets of one width below each other."""
-    image = Image.new("RGB", (sheets[0].width, sum(sheet.height for sheet in sheets)))
+    """Sheets below each other."""
+    width, height = max(sheet.width for sheet in sheets), sum(sheet.height for sheet in sheets)
+    image = Image.new("RGB", (width, height), "white")
     for i, sheet in enumerate(sheets):
         image.paste(sheet, (0, sum(above.height for above in sheets[:i])))
     return image
@@ -117,7 +118,7 @@ def paint_guided(path, D, random, x):
 
 
 def maps_of(G, z):
-    """Features of G's second-highest convolution, after norm and ReLU. (N, nz) -> (N, maps, side, side)."""
+    """G's second-highest features, after norm and ReLU. (N, nz) -> (N, maps, side, side)."""
     return G.layers[:-5](z[:, :, None, None])  # above are a convolution, norm and ReLU; a convolution and tanh
 
 
@@ -133,13 +134,14 @@ def read_boxes(path, size):
         boxes = {int(number): found for number, found in json.loads(path.read_text()).items()}
         for number, found in boxes.items():
             for left, top, right, bottom in found:
-                if not (0 <= left < right <= size and 0 <= top < bottom <= size):
+                whole = all(isinstance(edge, int) for edge in (left, top, right, bottom))
+                if not (whole and 0 <= left < right <= size and 0 <= top < bottom <= size):
                     raise ValueError(f"sample {number} has the box {[left, top, right, bottom]}")
         if not any(boxes.values()) or min(boxes) < 0 or max(boxes) >= 100000:
             raise ValueError("it needs a box, and numbers of samples from 0 to 99999")
     except Exception as error:
         form = '{"3": [[left, top, right, bottom], ...], ...}'
-        sys.exit(f"bench: --boxes {path}: give JSON like {form} with pixels from 0 to {size} ({error})")
+        sys.exit(f"bench: --boxes {path}: give JSON like {form} with whole pixels from 0 to {size} ({error})")
     return boxes
 
 
@@ -194,9 +196,11 @@ def paint_forgotten(path, args, G, boxes, seed):
         sys.exit(
             f"bench: no box holds the middle of a feature: there is one every {every} pixels, from {every // 2} on"
         )
+    pixels = torch.stack([inside(some, args.size, args.size) for some in found])
+    if pixels.all():
+        sys.exit("bench: --boxes cover all of the marked samples: leave something beside them")
     dropped = find_maps(maps, marks, seed)
     before, after = redrawn(G, z, dropped)
-    pixels = torch.stack([inside(some, args.size, args.size) for some in found])
     change = (after.float() - before).abs().mean(1)
     count = f"{int(dropped.sum())} of {len(dropped)} maps"
     print(

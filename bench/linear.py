@@ -63,7 +63,7 @@ def probe(features, labels, chosen):
     models = {cost: [fit(x["train"][some], targets[some], squared_hinge, cost) for some in chosen] for cost in COSTS}
     scores = {
         split: {
-            cost: torch.tensor([accuracy(model, x[split], labels[split]) for model in found])
+            cost: torch.tensor([accuracy(model, x[split], labels[split]) for model in found], dtype=torch.float64)
             for cost, found in models.items()
         }
         for split in ("valid", "test")
