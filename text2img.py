@@ -52,12 +52,13 @@ from torchvision.utils import make_grid
 
 SCRIPT = "text2img"
 SETS = {  # the named sets, and what each changes
-    "toy": dict(size=32, text=512, nt=64, nz=32, ngf=32, ndf=32, nef=64, nif=96, no_residual=True, batch_size=32,
-                wrong=4, near=8, average=1, lr=4e-4, text_lr=1e-3, text_epochs=10, epochs=56, style_epochs=4,
-                halve_every=24, save_every=1000),
+    "toy": dict(size=32, load_size=34, text=512, nt=64, nz=32, ngf=32, ndf=32, nef=64, nif=96, no_residual=True,
+                near=32, average=1, batch_size=32, lr=4e-4, text_lr=1e-3, text_epochs=16, epochs=64, style_epochs=4,
+                halve_every=22, save_every=1000),
 }  # fmt: skip
 ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789-,;.!?:'\"/\\|_@#$%^&*~`+-=<>()[]{} "  # as in the authors' code
 INKS = {"red": (215, 40, 40), "green": (40, 160, 60), "blue": (45, 75, 215), "yellow": (240, 215, 50)}
+INKS |= {"white": (235, 235, 235), "black": (30, 30, 30), "pink": (245, 130, 190), "cyan": (70, 200, 215)}
 VALUES = ("circle", "ring", "bar"), tuple(INKS), ("small", "large"), tuple(INKS)  # form, ink, size, ground
 SENTENCES = [
     "a {2} {1} {0} on a {3} background",
@@ -91,8 +92,7 @@ def get_args(argv=None):
     add("--nef", type=int, default=256, help="units of the text encoder's recurrent layer")
     add("--nif", type=int, default=256, help="channels of the image encoder's last hidden layer")
     add("--embeddings", help="codes of the captions, instead of an encoder: .npy, or a pickle of arrays")
-    add("--wrong", type=int, default=1, help="wrong sentences for each image of a batch")
-    add("--near", type=int, default=1, help="sentences that the nearest is taken of, for each of these")
+    add("--near", type=int, default=1, help="wrong sentences of which the nearest is taken, for each image")
     add("--average", type=int, default=4, help="captions of an image whose codes are averaged")
     add("--text-epochs", type=int, default=200, help="passes over the images for the encoder, before the GAN")
     add("--epochs", type=int, default=600, help="passes for the GAN")
@@ -306,7 +306,7 @@ def make_text_step(args, state):
 def make_step(args, state):
     """Returns `step(x, t, wrong)`: one update of D and G on images (B, 3, S, S) in [-1, 1] and codes (B, text).
 
-    `wrong` are codes (K * B, text) that do not belong to the images. It gives back its losses as 0-d tensors and reads
+    `wrong` are codes (B, text) that do not belong to the images. It gives back its losses as 0-d tensors and reads
     nothing back from the device, so it can be recorded and replayed.
     """
     G, D, opt_G, opt_D = (state[name] for name in ("G", "D", "opt_G", "opt_D"))
@@ -320,7 +320,8 @@ def make_step(args, state):
         with torch.autocast(x.device.type, torch.bfloat16, args.bf16):
             fake = G(torch.randn(WORLD * len(asked), args.nz, device=x.device)[RANK::WORLD], asked)
             # all pairs in one pass: in passes apart, batch norm lets D tell right from wrong by the batch, not the pair
-            features = torch.cat([D.of_x(x).repeat(1 + len(wrong) // len(t), 1, 1, 1), D.of_x(fake)])
+            features = D.of_x(x)
+            features = torch.cat([features, features[: len(wrong)], D.of_x(fake)])
             logits = D.match(features, torch.cat([t, wrong, asked]))
         s_r, s_w, s_f = logits.split([len(t), len(wrong), len(asked)])
         # D: max log s_r + (log(1 - s_w) + log(1 - s_f)) / 2 (Alg. 1); with --no-cls log s_r + log(1 - s_f)
@@ -523,14 +524,13 @@ def shapes(count, seed, held_out=False, size=64):
     images, inks = np.empty((count, 3, size, size), np.uint8), np.array([*INKS.values()])
     pixel, captions = (np.arange(size, dtype=np.float32) + 0.5) / size, []
     for image, (form, ink, large, ground) in zip(images, labels):
-        radius = rng.uniform(*((0.17, 0.2), (0.33, 0.37))[large])
+        radius = rng.uniform(*((0.22, 0.25), (0.36, 0.4))[large])
         u, v = (pixel - rng.uniform(0.46, 0.54)) / radius, (pixel[:, None] - rng.uniform(0.46, 0.54)) / radius
         away = np.hypot(u, v)
         edges = away, abs(away - 0.75) * 4, np.maximum(abs(u), abs(v) * 2.5)
         inside = ((1 - edges[form]) * radius * size + 0.5).clip(0, 1)[..., None]
         fore, back = inks[[ink, ground]] + rng.normal(0, 12, (2, 3))
-        grain = rng.normal(0, 12, (size, size, 3))
-        image[:] = (back + inside * (fore - back) + grain).clip(0, 255).transpose(2, 0, 1)
+        image[:] = (back + inside * (fore - back)).clip(0, 255).transpose(2, 0, 1)
         sizes = ("small little tiny", "large big huge")[large].split()
         words = [[VALUES[0][form], VALUES[1][ink], sizes[n], VALUES[3][ground]] for n in rng.integers(0, 3, 5)]
         said = (SENTENCES[n].format(*some) for n, some in zip(rng.permutation(len(SENTENCES)), words))
@@ -758,13 +758,12 @@ def draw_batch(args, data, codes, phase, done):
     x = torch.stack(x).to(args.device) / 127.5 - 1
     if phase == 0:
         return x, data.chars[said_of(chosen, 1)[:, 0]].long(), torch.from_numpy(kinds).to(args.device)
-    kinds = np.tile(data.kinds[chosen], args.near * args.wrong)
+    kinds = np.tile(data.kinds[chosen], args.near)
     others = one_of((kinds + rng.integers(1, len(data.counts), len(kinds))) % len(data.counts))
     t, wrong = (codes[said_of(images, args.average)].mean(1) for images in (chosen, others))
-    wrong = wrong.view(args.near, args.wrong * count, -1)
-    nearest = (wrong - t.repeat(args.wrong, 1)).square().sum(2).argmin(0)
-    wrong = wrong[nearest, torch.arange(len(nearest), device=args.device)].view(args.wrong, count, -1)
-    return x, t[RANK::WORLD], wrong[:, RANK::WORLD].flatten(0, 1)
+    wrong = wrong.view(args.near, count, -1)
+    nearest = (wrong - t).square().sum(2).argmin(0)
+    return x, t[RANK::WORLD], wrong[nearest, torch.arange(count, device=args.device)][RANK::WORLD]
 
 
 @functools.lru_cache(2)
