@@ -53,8 +53,8 @@ from torchvision.utils import make_grid
 SCRIPT = "text2img"
 SETS = {  # the named sets, and what each changes
     "toy": dict(size=32, load_size=34, text=512, nt=64, nz=32, ngf=32, ndf=32, nef=64, nif=96, no_residual=True,
-                near=32, average=1, batch_size=32, lr=4e-4, text_lr=1e-3, text_epochs=16, epochs=64, style_epochs=4,
-                halve_every=22, save_every=1000),
+                near=32, average=1, batch_size=32, lr=4e-4, text_lr=1e-3, text_epochs=20, epochs=80, style_epochs=4,
+                halve_every=27, save_every=1000),
 }  # fmt: skip
 ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789-,;.!?:'\"/\\|_@#$%^&*~`+-=<>()[]{} "  # as in the authors' code
 INKS = {"red": (215, 40, 40), "green": (40, 160, 60), "blue": (45, 75, 215), "yellow": (240, 215, 50)}
