@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["torch>=2.11", "torchvision>=0.26", "numpy>=2", "pillow>=11"]
+# dependencies = ["torch>=2.11", "torchvision>=0.26", "numpy>=2", "pillow>=11", "filelock>=3"]
 # ///
 """CycleGAN: two GANs that turn two kinds of image into each other, learned without pairs.
 
@@ -29,7 +29,6 @@ import os
 import shutil
 import signal
 import socket
-import sqlite3
 import sys
 import tempfile
 import time
@@ -41,6 +40,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from PIL import Image, ImageOps
 from torch import distributed as dist
 from torch import nn
@@ -377,41 +377,20 @@ def replacing(path):  # same as pix2pix.py
 def locked(path, wait=0):  # same as pix2pix.py
     """Only one process at a time is in here for a `path`: others wait so many seconds, then are refused.
 
-    However a process ends, it leaves. Where a file system has no locks, or nothing can be written, all are let in.
+    However a process ends, it leaves. Where nothing can be written, all are let in.
     """
-    whole, until = Path(os.path.realpath(path)), time.monotonic() + wait
-    if RANK and not wait:  # a run folder is the first process's
+    whole = Path(os.path.realpath(path))
+    lock = FileLock(whole.with_name(f".{whole.name.lstrip('.')}.lock"), timeout=wait)
+    with contextlib.ExitStack() as held:
+        if wait or not RANK:  # a run folder is the first process's
+            try:
+                whole.parent.mkdir(parents=True, exist_ok=True)
+                held.enter_context(lock)
+            except Timeout:
+                refuse(f"{path} is in use by another process: wait for its end, or stop it")
+            except OSError:
+                pass
         yield
-        return
-    lock = whole.with_name(f".{whole.name.lstrip('.')}.lock")
-    while True:
-        held = None
-        try:
-            lock.parent.mkdir(parents=True, exist_ok=True)
-            lock.touch()
-            inode = lock.stat().st_ino
-            held = sqlite3.connect(lock, timeout=0, isolation_level=None)  # the standard library's lock for any system
-            held.execute("PRAGMA journal_mode = OFF")
-            held.execute("BEGIN EXCLUSIVE")
-            if lock.stat().st_ino == inode:
-                break
-        except FileNotFoundError:
-            pass  # who held it has just removed it
-        except (OSError, sqlite3.Error) as error:
-            if getattr(error, "sqlite_errorname", "") != "SQLITE_BUSY":
-                break
-        if held:
-            held.close()
-        if time.monotonic() >= until:
-            refuse(f"{path} is in use by another process: wait for its end, or stop it")
-        time.sleep(0.1)  # not inside of sqlite3, where no signal would be heeded
-    try:
-        yield
-    finally:
-        if held:
-            with contextlib.suppress(OSError):
-                lock.unlink()
-            held.close()
 
 
 @contextlib.contextmanager

@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["torch>=2.11", "torchvision>=0.26", "numpy>=2", "pillow>=11"]
+# dependencies = ["torch>=2.11", "torchvision>=0.26", "numpy>=2", "pillow>=11", "filelock>=3"]
 # ///
 """Text to image: a GAN that draws what a sentence says.
 
@@ -29,7 +29,6 @@ import math
 import os
 import pickle
 import signal
-import sqlite3
 import sys
 import time
 import warnings
@@ -42,6 +41,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from PIL import Image, ImageDraw, ImageOps
 from torch import distributed as dist
 from torch import nn
@@ -92,7 +92,8 @@ def get_args(argv=None):
     add("--nef", type=int, default=256, help="units of the text encoder's recurrent layer")
     add("--nif", type=int, default=256, help="channels of the image encoder's last hidden layer")
     add("--embeddings", help="codes of the captions, instead of an encoder: .npy, or a pickle of arrays")
-    add("--near", type=int, default=1, help="wrong sentences of which the nearest is taken, for each image")
+    add("--wrong", type=int, default=1, help="wrong sentences for each image of a batch")
+    add("--near", type=int, default=1, help="sentences that the nearest is taken of, for each of these")
     add("--average", type=int, default=4, help="captions of an image whose codes are averaged")
     add("--text-epochs", type=int, default=200, help="passes over the images for the encoder, before the GAN")
     add("--epochs", type=int, default=600, help="passes for the GAN")
@@ -306,7 +307,7 @@ def make_text_step(args, state):
 def make_step(args, state):
     """Returns `step(x, t, wrong)`: one update of D and G on images (B, 3, S, S) in [-1, 1] and codes (B, text).
 
-    `wrong` are codes (B, text) that do not belong to the images. It gives back its losses as 0-d tensors and reads
+    `wrong` are codes (K * B, text) that do not belong to the images. It gives back its losses as 0-d tensors and reads
     nothing back from the device, so it can be recorded and replayed.
     """
     G, D, opt_G, opt_D = (state[name] for name in ("G", "D", "opt_G", "opt_D"))
@@ -320,8 +321,7 @@ def make_step(args, state):
         with torch.autocast(x.device.type, torch.bfloat16, args.bf16):
             fake = G(torch.randn(WORLD * len(asked), args.nz, device=x.device)[RANK::WORLD], asked)
             # all pairs in one pass: in passes apart, batch norm lets D tell right from wrong by the batch, not the pair
-            features = D.of_x(x)
-            features = torch.cat([features, features[: len(wrong)], D.of_x(fake)])
+            features = torch.cat([D.of_x(x).repeat(1 + len(wrong) // len(t), 1, 1, 1), D.of_x(fake)])
             logits = D.match(features, torch.cat([t, wrong, asked]))
         s_r, s_w, s_f = logits.split([len(t), len(wrong), len(asked)])
         # D: max log s_r + (log(1 - s_w) + log(1 - s_f)) / 2 (Alg. 1); with --no-cls log s_r + log(1 - s_f)
@@ -433,41 +433,20 @@ def replacing(path):  # same as pix2pix.py
 def locked(path, wait=0):  # same as pix2pix.py
     """Only one process at a time is in here for a `path`: others wait so many seconds, then are refused.
 
-    However a process ends, it leaves. Where a file system has no locks, or nothing can be written, all are let in.
+    However a process ends, it leaves. Where nothing can be written, all are let in.
     """
-    whole, until = Path(os.path.realpath(path)), time.monotonic() + wait
-    if RANK and not wait:  # a run folder is the first process's
+    whole = Path(os.path.realpath(path))
+    lock = FileLock(whole.with_name(f".{whole.name.lstrip('.')}.lock"), timeout=wait)
+    with contextlib.ExitStack() as held:
+        if wait or not RANK:  # a run folder is the first process's
+            try:
+                whole.parent.mkdir(parents=True, exist_ok=True)
+                held.enter_context(lock)
+            except Timeout:
+                refuse(f"{path} is in use by another process: wait for its end, or stop it")
+            except OSError:
+                pass
         yield
-        return
-    lock = whole.with_name(f".{whole.name.lstrip('.')}.lock")
-    while True:
-        held = None
-        try:
-            lock.parent.mkdir(parents=True, exist_ok=True)
-            lock.touch()
-            inode = lock.stat().st_ino
-            held = sqlite3.connect(lock, timeout=0, isolation_level=None)  # the standard library's lock for any system
-            held.execute("PRAGMA journal_mode = OFF")
-            held.execute("BEGIN EXCLUSIVE")
-            if lock.stat().st_ino == inode:
-                break
-        except FileNotFoundError:
-            pass  # who held it has just removed it
-        except (OSError, sqlite3.Error) as error:
-            if getattr(error, "sqlite_errorname", "") != "SQLITE_BUSY":
-                break
-        if held:
-            held.close()
-        if time.monotonic() >= until:
-            refuse(f"{path} is in use by another process: wait for its end, or stop it")
-        time.sleep(0.1)  # not inside of sqlite3, where no signal would be heeded
-    try:
-        yield
-    finally:
-        if held:
-            with contextlib.suppress(OSError):
-                lock.unlink()
-            held.close()
 
 
 @contextlib.contextmanager
@@ -758,12 +737,13 @@ def draw_batch(args, data, codes, phase, done):
     x = torch.stack(x).to(args.device) / 127.5 - 1
     if phase == 0:
         return x, data.chars[said_of(chosen, 1)[:, 0]].long(), torch.from_numpy(kinds).to(args.device)
-    kinds = np.tile(data.kinds[chosen], args.near)
+    kinds = np.tile(data.kinds[chosen], args.near * args.wrong)
     others = one_of((kinds + rng.integers(1, len(data.counts), len(kinds))) % len(data.counts))
     t, wrong = (codes[said_of(images, args.average)].mean(1) for images in (chosen, others))
-    wrong = wrong.view(args.near, count, -1)
-    nearest = (wrong - t).square().sum(2).argmin(0)
-    return x, t[RANK::WORLD], wrong[nearest, torch.arange(count, device=args.device)][RANK::WORLD]
+    wrong = wrong.view(args.near, args.wrong * count, -1)
+    nearest = (wrong - t.repeat(args.wrong, 1)).square().sum(2).argmin(0)
+    wrong = wrong[nearest, torch.arange(len(nearest), device=args.device)].view(args.wrong, count, -1)
+    return x, t[RANK::WORLD], wrong[:, RANK::WORLD].flatten(0, 1)
 
 
 @functools.lru_cache(2)

@@ -358,7 +358,7 @@ ROWS = [
     ),
     Row(
         name="text2img",
-        tiny="--size 16 --load-size 19 --ngf 4 --ndf 4 --nef 8 --nif 8 --text 8 --nt 4 --nz 4 --average 1"
+        tiny="--size 16 --load-size 19 --ngf 4 --ndf 4 --nef 8 --nif 8 --text 8 --nt 4 --nz 4 --average 1 --wrong 1"
         " --near 1 --batch-size 4 --text-epochs 0 --precision fp32 --device cpu",
         parts=("E", "V", "G", "D", "S", "opt_E", "opt_G", "opt_D", "opt_S"),
         inputs={
@@ -388,6 +388,7 @@ ROWS = [
             "--nz 5",
             "--no-cls",
             "--no-int",
+            "--wrong 2",
             "--near 2",
             "--average 2",
             "--text-epochs 1",
@@ -405,6 +406,7 @@ ROWS = [
             "--text 0",
             "--nt 0",
             "--nz 0",
+            "--wrong 0",
             "--near 0",
             "--average 0",
             "--halve-every 0",

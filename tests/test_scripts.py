@@ -388,7 +388,7 @@ def test_run_folder_cannot_be_made(row, call, tmp_path):
     (tmp_path / "file").write_text("in the way")
     for folder in ("file", "file/run"):
         assert_refused(call(row, *row.tiny.split(), "--run", folder, "--max-steps", 1), "file")
-        assert snapshot(tmp_path) == {"file": b"in the way"}
+        assert snapshot(tmp_path) == {"file": b"in the way", ".file.lock": b""}
 
 
 class Code:
@@ -634,7 +634,7 @@ def test_file_length(row, request):
 
 
 def test_imports_nothing_of_the_repository(row):
-    """Only the standard library, torch, torchvision, numpy, Pillow and tqdm."""
+    """Only the standard library, torch, torchvision, numpy, Pillow, and filelock, which comes with torch."""
     names = set()
     for node in ast.walk(ast.parse(row.file.read_text())):
         if isinstance(node, ast.Import):
@@ -642,4 +642,4 @@ def test_imports_nothing_of_the_repository(row):
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0
             names.add(node.module.split(".")[0])
-    assert names <= {*sys.stdlib_module_names, "torch", "torchvision", "numpy", "PIL", "tqdm"}
+    assert names <= {*sys.stdlib_module_names, "torch", "torchvision", "numpy", "PIL", "filelock"}

@@ -273,13 +273,13 @@ def test_toy_images_show_what_is_said():
 @pytest.mark.parametrize(("near", "farthest"), [(1, math.inf), (1000, 1)])
 def test_wrong_sentences_are_of_other_classes(near, farthest):
     """A batch's own codes are of its images' captions, the wrong ones of another class, the nearest of --near."""
-    data, args = data_of("--near", near, "--average", 1)
+    data, args = data_of("--near", near, "--wrong", 3, "--average", 1)
     owner = np.repeat(data.kinds, data.many)  # the class of each caption
     codes = torch.from_numpy(owner).float()[:, None].repeat(1, args.text)
     for done in range(20):
         _, t, wrong = text2img.draw_batch(args, data, codes, 1, done)
-        assert t.shape == wrong.shape == (4, args.text)
-        assert (wrong != t).all() and (wrong - t).abs().max() <= farthest
+        assert t.shape == (4, args.text) and wrong.shape == (12, args.text)
+        assert (wrong.view(3, 4, -1) != t).all() and (wrong.view(3, 4, -1) - t).abs().max() <= farthest
 
 
 def test_codes_are_averaged():

@@ -3,13 +3,11 @@
 A short set of what `python -m tests.torture` does at length.
 """
 
-import contextlib
 import errno
 import itertools
 import os
 import shutil
 import signal
-import sqlite3
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -229,25 +227,6 @@ def test_two_at_the_end(run):
     run.let_go(first)
     assert run.end(second).code in (0, 2)
     assert run.problems() == []
-
-
-def test_lock_that_is_removed_meanwhile(row, tmp_path, monkeypatch):
-    """Who opened the lock before its holder removed it does not get in beside a third, who made it anew."""
-    first, connect, third = row.module.locked(tmp_path / "run"), sqlite3.connect, []
-
-    def slow_connect(path, **options):
-        connection = connect(path, **options)
-        if not third:
-            first.__exit__(None, None, None)
-            third.append(connect(path, **options))
-            third[0].execute("BEGIN EXCLUSIVE")
-        return connection
-
-    first.__enter__()
-    monkeypatch.setattr(sqlite3, "connect", slow_connect)
-    with contextlib.closing(SimpleNamespace(close=lambda: third[0].close())), pytest.raises(SystemExit, match="in use"):
-        with row.module.locked(tmp_path / "run"):
-            pass
 
 
 @of("dcgan")

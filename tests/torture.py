@@ -68,7 +68,7 @@ MADE = {  # flags of the checkpoints in there, on toy data
     "gan": "--size 8 --nz 4 --ngf 8 --ndf 4 --batch-size 4",
     "dcgan": "--size 28 --nz 4 --ngf 1 --ndf 1 --batch-size 4",
     "cgan": "--size 8 --nz 4 --ngf 6 --ndf 6 --batch-size 4",
-    "text2img": "--size 16 --load-size 16 --ngf 1 --ndf 1 --nef 2 --nif 1 --text 4 --nt 2 --nz 2 --average 1"
+    "text2img": "--size 16 --load-size 16 --ngf 1 --ndf 1 --nef 2 --nif 1 --text 4 --nt 2 --nz 2 --average 1 --wrong 1"
     " --near 1 --batch-size 2 --text-epochs 0",
 }
 
