@@ -249,16 +249,17 @@ def train(args):
     fixed_z = draw_z(args, 100)
     with locked(args.run), signals() as stopped:
         begun = resume(args, state, len(images))
-        goal = max(
-            begun, min(math.ceil(args.epochs * len(images) / args.batch_size / args.k), args.max_steps or math.inf)
-        )
+        every = math.ceil(args.epochs * len(images) / args.batch_size / args.k)
+        goal = max(begun, min(every, args.max_steps or math.inf))
         if not begun and args.net == "mnist":  # G's output starts at the mean image (as the authors' code)
             state["G"].bias.data = to_x(args, images).mean(0).clamp(0.001, 0.999).logit()
         update, row, saved = capture(make_step(args, state), args), (time.monotonic(), begun), time.monotonic()
         for step, (epoch, x) in zip(range(begun + 1, goal + 1), batches(args, images, begun)):
-            for optimiser in (state["opt_D"], state["opt_G"]) if args.optimiser == "sgd" else ():
-                optimiser.param_groups[0]["lr"].fill_(max(args.lr / 1.000004**step, 1e-6))
-                optimiser.param_groups[0]["momentum"].fill_(0.5 + 0.2 * min((epoch - 1) / 249, 1))
+            sgd, left = args.optimiser == "sgd", 1 - (step - 1) / every
+            for (group,) in (state["opt_D"].param_groups, state["opt_G"].param_groups):  # Adam's rate falls to zero
+                group["lr"].fill_(max(args.lr / 1.000004**step, 1e-6) if sgd else args.lr * left)
+                if sgd:
+                    group["momentum"].fill_(0.5 + 0.2 * min((epoch - 1) / 249, 1))
             torch.manual_seed(hash((args.seed, step)) + RANK)  # z, dropout; so that an update is the same after a stop
             losses = update(x)
             ending = agreed(stopped)

@@ -80,6 +80,14 @@ def test_schedule_of_sgd(tmp_path):
         assert float(group["momentum"]) == pytest.approx(0.5 + 0.2 * 2 / 249)
 
 
+def test_schedule_of_adam(tmp_path):
+    """The rate of gan.py falls from --lr towards zero at the end of --epochs, wherever --max-steps stops."""
+    flags = "--size 8 --ngf 12 --ndf 24 --batch-size 5000 --epochs 4 --lr .01 --max-steps 7 --device cpu".split()
+    run = gan.train(gan.get_args([*flags, "--run", str(tmp_path)]))
+    checkpoint = torch.load(run / "last.pt", weights_only=True)
+    assert [float(checkpoint[f"opt_{name}"]["param_groups"][0]["lr"]) for name in "GD"] == pytest.approx([0.0025] * 2)
+
+
 @pytest.mark.parametrize("module", [gan, cgan])
 def test_gan_loss(module):
     """-log D and -log(1 - D), by hand."""
