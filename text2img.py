@@ -699,7 +699,8 @@ def encode(args, state, data):
     """The codes (M, text) of all captions, less their mean and with a spread of 1, which E keeps."""
     E = state["E"]
     if data.vectors is None:
-        codes = torch.cat([E(chars.long()) for chars in data.chars.split(1000)])
+        said, which = data.chars.unique(dim=0, return_inverse=True)  # many images may have the same caption
+        codes = torch.cat([E(chars.long()) for chars in said.split(1000)])[which]
     else:
         codes = data.vectors.to(args.device)
     E.mean.copy_(codes.mean(0))

@@ -282,6 +282,18 @@ def test_wrong_sentences_are_of_other_classes(near, farthest):
         assert (wrong.view(3, 4, -1) != t).all() and (wrong.view(3, 4, -1) - t).abs().max() <= farthest
 
 
+def test_codes_of_all_captions():
+    """Each caption has E's code, as often as it is said, less the mean of all, with a spread of 1."""
+    data, args = data_of()
+    state = text2img.build(args)
+    codes = text2img.encode(args, state, data)
+    some = torch.tensor([0, 1, 7, 4999, len(codes) - 1])
+    with torch.no_grad():
+        expected = (state["E"](data.chars[some].long()) - state["E"].mean) / state["E"].spread
+    torch.testing.assert_close(codes[some], expected, rtol=1e-4, atol=1e-4)
+    assert codes.mean(0).abs().max() < 1e-3 and codes.std(0).mean().item() == pytest.approx(1, abs=1e-4)
+
+
 def test_codes_are_averaged():
     """With more captions an image than one, their codes are averaged."""
     data, args = data_of("--average", 50)
