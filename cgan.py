@@ -633,7 +633,8 @@ def resume(args, state, count):  # same as pix2pix.py
         then = read_checkpoint(path, args.device, sent)
         with blame(f"{path} is damaged: --fresh starts over and keeps it"), warnings.catch_warnings(action="ignore"):
             old, step = then["settings"], int(then["step"])
-            if differ := [f"{name} {old.get(name)!s:.99}" for name in now | old if now.get(name) != old.get(name)]:
+            names = [name for name in now | old if (now.get(name) or 0) != (old.get(name) or 0)]  # none yet: it was off
+            if differ := [f"{name} {old.get(name, 0)!s:.99}" for name in names]:
                 refuse(f"{args.run} was begun with {', '.join(differ)}: repeat that, or start over with --fresh")
             for name, part in state.items():
                 fresh = len(getattr(part, "state", {}))

@@ -30,6 +30,7 @@ import sys
 import time
 import warnings
 import zipfile
+from copy import deepcopy
 from datetime import timedelta
 from pathlib import Path
 
@@ -47,7 +48,7 @@ from torchvision.utils import make_grid
 
 SCRIPT = "gan"
 SETS = {  # the named sets, and what each changes
-    "toy": dict(optimiser="adam", ngf=400, ndf=80, epochs=60, save_every=2000),
+    "toy": dict(optimiser="adam", average=0.999, ngf=400, ndf=80, epochs=60, save_every=2000),
     "mnist": dict(),
     "fashion-mnist": dict(),
     "cifar10": dict(net="fc", channels=3, size=32),
@@ -75,7 +76,8 @@ def get_args(argv=None):
     add("--optimiser", choices=("sgd", "adam"), default="sgd", help="the authors', or the one that takes minutes")
     add("--epochs", type=int, default=250, help="passes over the images")
     add("--batch-size", type=int, default=100, help="images an update")
-    add("--lr", type=float, help="the rate, at first (SGD .1; fc .025, conv .004; Adam 1e-3)")
+    add("--lr", type=float, help="the rate, at first (SGD .1; fc .025, conv .004), or that of Adam (1e-3)")
+    add("--average", type=float, help="draw with a mean of G, which keeps this much an update (SGD 0; Adam .9999)")
     add("--seed", type=int, default=0, help="of weights, order, noise and dropout; of z for --sample")
     add("--run", type=Path, help="run folder (runs/gan-DATA)")
     add("--max-steps", type=int, help="stop after so many updates")
@@ -91,11 +93,14 @@ def get_args(argv=None):
     parser.set_defaults(batch_size=math.ceil(parser.get_default("batch_size") / WORLD) * WORLD)  # a share each
     args = parser.parse_args(argv)
     ngf, ndf, rate = NETS[args.net]
-    rest = {"ngf": ngf, "ndf": ndf, "lr": rate if args.optimiser == "sgd" else 1e-3}
+    rate, average = (rate, 0.0) if args.optimiser == "sgd" else (1e-3, 0.9999)
+    rest = {"ngf": ngf, "ndf": ndf, "lr": rate, "average": average}
     vars(args).update({name: value for name, value in rest.items() if getattr(args, name) is None})
     if args.net == "conv" and (args.size < 20 or args.size % 3 != 2):
         refuse(f"--size {args.size}: the convolutional networks take 20, 23, 26, 29, 32, ... pixels")
-    return settle(args, zeros=("lr", "seed"))
+    if args.average >= 1:
+        refuse(f"--average {args.average}: give a number from 0 up, below 1")
+    return settle(args, zeros=("lr", "average", "seed"))
 
 
 # -- the method ------------------------------------------------------------------------------------------------------
@@ -204,6 +209,7 @@ def build(args):
         nn.init.uniform_(G.layers[-1].weight, -0.5, 0.5)
     D = init_weights(Discriminator(args.net, args.ndf, args.channels, args.size), 0.005)
     state = {"G": G.to(args.device), "D": D.to(args.device)}
+    state |= {"G_mean": deepcopy(G).requires_grad_(False)} if args.average else {}
     for name in "GD":  # with rates as tensors, so that a recorded step follows the schedule
         weights, rate = state[name].parameters(), torch.tensor(args.lr, device=args.device)
         if args.optimiser == "sgd":
@@ -250,30 +256,32 @@ def train(args):
     with locked(args.run), signals() as stopped:
         begun = resume(args, state, len(images))
         every = math.ceil(args.epochs * len(images) / args.batch_size / args.k)
-        goal = max(begun, min(every, args.max_steps or math.inf))
+        goal, drawer = max(begun, min(every, args.max_steps or math.inf)), state.get("G_mean", state["G"])
         if not begun and args.net == "mnist":  # G's output starts at the mean image (as the authors' code)
             state["G"].bias.data = to_x(args, images).mean(0).clamp(0.001, 0.999).logit()
         update, row, saved = capture(make_step(args, state), args), (time.monotonic(), begun), time.monotonic()
         for step, (epoch, x) in zip(range(begun + 1, goal + 1), batches(args, images, begun)):
-            sgd, left = args.optimiser == "sgd", 1 - (step - 1) / every
-            for (group,) in (state["opt_D"].param_groups, state["opt_G"].param_groups):  # Adam's rate falls to zero
-                group["lr"].fill_(max(args.lr / 1.000004**step, 1e-6) if sgd else args.lr * left)
-                if sgd:
+            if args.optimiser == "sgd":
+                for (group,) in (state["opt_D"].param_groups, state["opt_G"].param_groups):
+                    group["lr"].fill_(max(args.lr / 1.000004**step, 1e-6))
                     group["momentum"].fill_(0.5 + 0.2 * min((epoch - 1) / 249, 1))
             torch.manual_seed(hash((args.seed, step)) + RANK)  # z, dropout; so that an update is the same after a stop
             losses = update(x)
+            if args.average:  # of all updates at first, later of about the last 1 / (1 - average)
+                latest = [weight.detach() for weight in state["G"].parameters()]
+                torch._foreach_lerp_([*drawer.parameters()], latest, max(1 - args.average, 1 / step))
             ending = agreed(stopped)
             saving = ending or step == goal or step % args.save_every == 0 or time.monotonic() - saved > 600
             row = report(args, step, goal, epoch, losses, row, saving or step == begun + 1)
             if saving and not RANK:
-                paint(args.run / "samples" / f"{step:07}.png", draw(args, state["G"], fixed_z))
+                paint(args.run / "samples" / f"{step:07}.png", draw(args, drawer, fixed_z))
                 saved = save(args, state, step)
             if ending:
                 break
     with locked(args.run, 60):
         if not (figure := args.run / "samples" / f"{goal:07}-nearest.png").exists():
-            paint(args.run / "samples" / f"{goal:07}-walk.png", draw_walk(args, state["G"], fixed_z[:16]), 16)
-            paint(figure, beside_nearest(args, draw(args, state["G"], fixed_z[:20]), images))
+            paint(args.run / "samples" / f"{goal:07}-walk.png", draw_walk(args, drawer, fixed_z[:16]), 16)
+            paint(figure, beside_nearest(args, draw(args, drawer, fixed_z[:20]), images))
     print(f"{args.run} is finished, {goal} updates: {figure} shows samples and the data; --fresh starts over")
     return args.run
 
@@ -481,7 +489,8 @@ def sample(args):
     with blame(f"{path} is damaged"), Budget(path.stat().st_size + 2**20), warnings.catch_warnings(action="ignore"):
         args = argparse.Namespace(**vars(args) | checkpoint["settings"])
         G = build(args)["G"]
-        G.load_state_dict(checkpoint["G"])
+        for name in ("G", "G_mean") if "G_mean" in checkpoint else ("G",):
+            G.load_state_dict(checkpoint[name])
     torch.manual_seed(seed)
     images, walk = draw(args, G, draw_z(args, args.sample)), draw_walk(args, G, draw_z(args, 16))
     for i, image in enumerate(images):
@@ -600,7 +609,8 @@ def resume(args, state, count):  # same as pix2pix.py
         then = read_checkpoint(path, args.device, sent)
         with blame(f"{path} is damaged: --fresh starts over and keeps it"), warnings.catch_warnings(action="ignore"):
             old, step = then["settings"], int(then["step"])
-            if differ := [f"{name} {old.get(name)!s:.99}" for name in now | old if now.get(name) != old.get(name)]:
+            names = [name for name in now | old if (now.get(name) or 0) != (old.get(name) or 0)]  # none yet: it was off
+            if differ := [f"{name} {old.get(name, 0)!s:.99}" for name in names]:
                 refuse(f"{args.run} was begun with {', '.join(differ)}: repeat that, or start over with --fresh")
             for name, part in state.items():
                 fresh = len(getattr(part, "state", {}))

@@ -230,7 +230,7 @@ ROWS = [
     Row(
         name="gan",
         tiny="--size 8 --ngf 16 --ndf 4 --batch-size 4 --precision fp32 --device cpu",
-        parts=("G", "D", "opt_G", "opt_D"),
+        parts=("G", "D", "G_mean", "opt_G", "opt_D"),
         inputs={
             "G": lambda args: (images(2, args.nz),),
             "D": lambda args: (images(2, args.channels, args.size, args.size),),
@@ -238,7 +238,7 @@ ROWS = [
         batch=lambda args: (images(args.k * args.batch_size, args.channels, args.size, args.size),),
         tests=0,
         data=pictures,
-        resume="--size 8 --ngf 16 --ndf 4 --batch-size 3 --optimiser sgd --precision fp32 --device cpu",
+        resume="--size 8 --ngf 16 --ndf 4 --batch-size 3 --optimiser sgd --average .9 --precision fp32 --device cpu",
         use=samples("{:05}.png", 8),
         changes=(
             "--lr 0.01",
@@ -251,6 +251,7 @@ ROWS = [
             "--ndf 8",
             "--nz 50",
             "--k 2",
+            "--average 0.5",
             "--saturating",
             "--optimiser sgd",
             "--channels 3",
@@ -264,11 +265,13 @@ ROWS = [
             "--ndf 0",
             "--nz 0",
             "--k 0",
+            "--average 1",
+            "--average -0.1",
             "--sample 0",
             "--sample many",
         ),
         steady=False,
-        method_lines=175,
+        method_lines=180,
         file_lines=450,
     ),
     Row(

@@ -80,12 +80,46 @@ def test_schedule_of_sgd(tmp_path):
         assert float(group["momentum"]) == pytest.approx(0.5 + 0.2 * 2 / 249)
 
 
-def test_schedule_of_adam(tmp_path):
-    """The rate of gan.py falls from --lr towards zero at the end of --epochs, wherever --max-steps stops."""
-    flags = "--size 8 --ngf 12 --ndf 24 --batch-size 5000 --epochs 4 --lr .01 --max-steps 7 --device cpu".split()
-    run = gan.train(gan.get_args([*flags, "--run", str(tmp_path)]))
+def test_mean_of_weights(tmp_path, monkeypatch):
+    """G_mean is the mean over all updates while they are few, then .75 of itself and .25 of G; it draws the samples."""
+    flags = "--size 8 --ngf 12 --ndf 24 --batch-size 5000 --epochs 4 --average .75".split()
+    flags += ["--precision", "fp32", "--device", "cpu"]
+    seen, make = [], gan.make_step
+
+    def watched(args, state):
+        step = make(args, state)
+
+        def update(x):
+            losses = step(x)
+            seen.append(torch.cat([weight.detach().flatten() for weight in state["G"].parameters()]))
+            return losses
+
+        return update
+
+    monkeypatch.setattr(gan, "make_step", watched)
+    run = gan.train(gan.get_args([*flags, "--run", str(tmp_path / "run")]))
+    assert len(seen) == 8
+    mean = torch.zeros(())
+    for step, weights in enumerate(seen, 1):
+        mean = mean + max(0.25, 1 / step) * (weights - mean)
+    assert (mean - seen[-1]).abs().max() > 0.001
     checkpoint = torch.load(run / "last.pt", weights_only=True)
-    assert [float(checkpoint[f"opt_{name}"]["param_groups"][0]["lr"]) for name in "GD"] == pytest.approx([0.0025] * 2)
+    for name, expected in (("G", seen[-1]), ("G_mean", mean)):
+        torch.testing.assert_close(torch.cat([weight.flatten() for weight in checkpoint[name].values()]), expected)
+    shown = gan.sample(gan.get_args(["--sample", "1", "--run", str(run), "--device", "cpu"]))
+    args = gan.get_args(flags)
+    G = gan.build(args)["G_mean"]
+    G.load_state_dict(checkpoint["G_mean"])
+    torch.manual_seed(0)
+    with Image.open(shown / "00000.png") as image:
+        assert torch.equal(gan.draw(args, G, gan.draw_z(args, 1))[0, 0], torch.from_numpy(np.array(image)))
+
+
+@pytest.mark.parametrize(("flags", "average"), [("--optimiser adam", 0.9999), ("", 0), ("--average .9", 0.9)])
+def test_who_draws(flags, average):
+    """The mean of G draws with Adam, and G itself with the authors' SGD, unless --average says otherwise."""
+    args = gan.get_args(["--data", "mnist", *flags.split()])
+    assert args.average == average and ("G_mean" in gan.build(args)) == (average > 0)
 
 
 @pytest.mark.parametrize("module", [gan, cgan])
