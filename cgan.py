@@ -50,7 +50,7 @@ SETS = {  # the named sets, and what each changes
     "toy": dict(optimiser="adam", ngf=800, ndf=80, epochs=60, save_every=2000),
     "mnist": dict(),
     "fashion-mnist": dict(),
-    "cifar10": dict(net="conv", optimiser="adam", channels=3, size=32),
+    "cifar10": dict(net="conv", optimiser="adam", channels=3, size=32, epochs=250),
 }
 NETS = {"mlp": (1200, 240, 1e-3), "conv": (64, 64, 2e-4)}  # ngf, ndf, rate of Adam
 ADVICE = "lower --lr, or use --precision fp32"  # against what is not finite
@@ -72,7 +72,7 @@ def get_args(argv=None):
     add("--ngf", type=int, help="units of G's last hidden layer (1200), or channels (conv 64)")
     add("--ndf", type=int, help="maxout units of D's layers (240), or channels of its first (conv 64)")
     add("--optimiser", choices=("sgd", "adam"), default="sgd", help="the paper's, or the one that takes minutes")
-    add("--epochs", type=int, default=250, help="passes over the images")
+    add("--epochs", type=int, help="passes over the images (SGD 250, Adam 40)")
     add("--batch-size", type=int, default=100, help="images an update")
     add("--lr", type=float, help="the rate, at first (SGD .1; Adam 1e-3, conv 2e-4)")
     add("--seed", type=int, default=0, help="of weights, order, noise and dropout; of z for --sample")
@@ -91,7 +91,8 @@ def get_args(argv=None):
     parser.set_defaults(batch_size=math.ceil(parser.get_default("batch_size") / WORLD) * WORLD)  # a share each
     args = parser.parse_args(argv)
     ngf, ndf, rate = NETS[args.net]
-    rest = {"ngf": ngf, "ndf": ndf, "lr": 0.1 if args.optimiser == "sgd" else rate}
+    rate, epochs = (0.1, 250) if args.optimiser == "sgd" else (rate, 40)
+    rest = {"ngf": ngf, "ndf": ndf, "lr": rate, "epochs": epochs}
     vars(args).update({name: value for name, value in rest.items() if getattr(args, name) is None})
     if args.net == "conv" and args.size not in (28, 32):
         refuse(f"--size {args.size}: the convolutional networks take 28 or 32 pixels")

@@ -42,7 +42,7 @@ WORDS = {  # in flags: A is a map on the toy set and a photo in the paper's; the
         "small": "--size 128",  # as Zhu et al. did with Cityscapes
         "patch34": "--n-layers 2",
         "patch70": "",
-        "adam": "--optimiser adam --epochs 40",
+        "adam": "--optimiser adam",
     },
 }
 JUDGED = {  # and the data that each can judge; "pairs" is Cityscapes or a folder of pairs with class ids

@@ -115,6 +115,17 @@ def test_mean_of_weights(tmp_path, monkeypatch):
         assert torch.equal(gan.draw(args, G, gan.draw_z(args, 1))[0, 0], torch.from_numpy(np.array(image)))
 
 
+@pytest.mark.parametrize("module", [gan, cgan])
+@pytest.mark.parametrize(
+    ("flags", "rate", "epochs"),
+    [("--data mnist", 0.1, 250), ("--data mnist --optimiser adam", 1e-3, 40), ("--epochs 7 --lr 1", 1, 7)],
+)
+def test_defaults(module, flags, rate, epochs):
+    """Rate and length are those of the optimiser, unless they are given."""
+    args = module.get_args(flags.split())
+    assert (args.lr, args.epochs) == (rate, epochs)
+
+
 @pytest.mark.parametrize(("flags", "average"), [("--optimiser adam", 0.9999), ("", 0), ("--average .9", 0.9)])
 def test_who_draws(flags, average):
     """The mean of G draws with Adam, and G itself with the authors' SGD, unless --average says otherwise."""
