@@ -610,7 +610,7 @@ def resume(args, state, count):  # same as pix2pix.py
         then = read_checkpoint(path, args.device, sent)
         with blame(f"{path} is damaged: --fresh starts over and keeps it"), warnings.catch_warnings(action="ignore"):
             old, step = then["settings"], int(then["step"])
-            names = [name for name in now | old if (now.get(name) or 0) != (old.get(name) or 0)]  # none yet: it was off
+            names = [name for name in now | old if (now.get(name) or 0) != (old.get(name) or 0)]  # a new one was off
             if differ := [f"{name} {old.get(name, 0)!s:.99}" for name in names]:
                 refuse(f"{args.run} was begun with {', '.join(differ)}: repeat that, or start over with --fresh")
             for name, part in state.items():

@@ -468,6 +468,15 @@ def test_old_checkpoint_goes_on(row, old, call):
         assert before[name].keys() == after[name].keys() and (any(moved) or name in ("E", "V", "S"))
 
 
+@of(*LATER)
+def test_new_option(row, old, call):
+    """What is on by default now, and was not there then, is named."""
+    before, flags = snapshot(old), given(read_checkpoint(old)["settings"])
+    result = call(row, *flags, "--device", "cpu", "--run", old)
+    assert_refused(result, *(f"{name} 0" for name in LATER[row.name]))
+    assert snapshot(old) == before
+
+
 def test_old_checkpoint_is_used(row, old, call, tmp_path):
     """Pictures come from it as ever."""
     flags, to, sizes = row.use(tmp_path / "use", old)
