@@ -9,7 +9,7 @@ arXiv:1406.2661. G maps noise z to an image G(z); D tells images x of the data f
     min_G max_D  E[log D(x)] + E[log(1 - D(G(z)))]                                                (Eq. 1)
 Networks, dropout, noise and SGD, which the paper leaves out, are those of the authors' code. As there, one pass of D
 over G(z) serves both losses, with one dropout mask, and both networks move together. Adam is ours, for minutes instead
-of hours; with it a running mean of G's weights draws, as each update for itself wavers.
+of an hour; with it a running mean of G's weights draws, as each update for itself wavers.
 
     python gan.py                                     # train on toy digits, drawn here, in minutes on a CPU
     python gan.py --data mnist                        # download, train; stop it and repeat this: it goes on
