@@ -1,291 +1,256 @@
-"""The papers' tables, ours beside theirs: scripts are trained as by a user, judged, and put down as a JSON a run.
+"""The papers' experiments, ours beside theirs: what is trained and how it is judged, and the training itself.
 
-What is done is not done again: a run whose result tells of the same code, flags and judges is skipped, and one that was
-stopped goes on from its last.pt. What is wrong with one run is said, and leaves the others and its cells in peace.
+A run is a script with flags, a data set and a seed. It is trained as a user would train it, in a process of its own,
+and judged (judges.py); its result is a JSON. A run with a result of the same code and flags is not repeated, and one
+that was stopped goes on from its last.pt.
 """
 
 import ast
-import functools
 import hashlib
 import itertools
 import json
 import os
 import shlex
 import signal
-import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
-import torch
 from PIL import Image
 
-import gan
-from bench import report, speed
-from bench.cases import CASES, TABLES, flags, judges_of, kinds_of, planned
-from bench.judges import JUDGES, environment
+from bench.columns import cells, markdown, notes, read_json, read_log, value
+from bench.common import ROOT, RUN_OPTION, fail, find_device, parse, save
+from bench.judges import JUDGES, can_judge
+from bench.speed import circumstances
 
-ROOT = speed.ROOT
-
-
-# -- what a run is ---------------------------------------------------------------------------------------------------
-
-
-@functools.cache
-def fingerprint(path):
-    """A hash of a Python file that comments, docstrings and line breaks don't change."""
-    tree = ast.parse(Path(path).read_text("utf-8"))
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
-            node.body[0] = ast.Pass()
-    return hashlib.sha256(ast.unparse(tree).encode()).hexdigest()[:12]
-
-
-def begun_as(run, args):
-    """What a run is begun with, and cannot go on without."""
-    given = [*flags(run.case, run.data), *shlex.split(args.flags)]
-    return {"script": run.script, "code": fingerprint(ROOT / run.script), "flags": given}
+PHOTO, LABELS = "photo_pixel photo_class photo_iou", "labels_pixel labels_class labels_iou"
+ALL = "photo_iou labels_iou right kid missing log_likelihood images_per_s minutes peak_mib"
+REAL = {name: ("0.80", "0.26", "0.21") for name in ("losses", "generators", "patches")}  # the paper's, of real images
+TABLES = {  # title, columns (their headings are in columns.py), source of the paper's numbers
+    "methods": ("Every method", ALL, ""),
+    "losses": ("pix2pix, losses: labels to photo", PHOTO, "Isola et al. 2017, Table 1, Cityscapes"),
+    "generators": ("pix2pix, generators: labels to photo", PHOTO, "Isola et al., arXiv v3, Table 2, Cityscapes"),
+    "patches": ("pix2pix, what D sees at once: labels to photo", PHOTO, "Isola et al. 2017, Table 2, Cityscapes"),
+    "labels": ("pix2pix, losses: photo to labels", LABELS, "Isola et al. 2017, Table 5, Cityscapes"),
+    "unpaired": ("CycleGAN, terms", f"{PHOTO} {LABELS}", "Zhu et al. 2017, Tables 2 and 3, Cityscapes at 128 pixels"),
+    "text": ("text2img, sentences of unseen combinations", "right form ink size ground", ""),
+    "parzen": ("GAN and cGAN, Parzen windows", "log_likelihood missing as_asked", "their Table 1, MNIST"),
+    "variants": ("DCGAN, losses", "kid fid precision recall missing uneven steps", ""),
+}
 
 
-def judged_as(run, args):
-    """What its result depends on besides."""
-    used = {judge: JUDGES[judge][1] for judge in judges_of(run.case, run.data)}
-    codes = {judge: [fingerprint(module.__file__) for module in modules] for judge, modules in used.items()}
-    return {"max_steps": args.max_steps, "samples": args.count, "judges": codes}
+class Row(NamedTuple):
+    """A line of a table. Rows of one name, in whichever table, are one run; the name begins with the script's."""
+
+    table: str
+    label: str
+    name: str
+    flags: str
+    judges: str
+    paper: tuple[str, ...] = ()  # its numbers as printed, in the order of the columns
+    data: str = "toy real"  # the kinds of data that the row is made on
+
+
+ROWS = (
+    Row("methods", "CycleGAN, no pairs", "cyclegan", "", "photos labels"),
+    Row("methods", "pix2pix", "pix2pix", "", "photos"),
+    Row("methods", "text2img, GAN-INT-CLS", "text2img", "", "sentences"),
+    Row("methods", "DCGAN", "dcgan", "", "digits"),
+    Row("methods", "cGAN", "cgan", "", "digits"),
+    Row("methods", "GAN", "gan", "", "digits"),
+    Row("methods", "VAE, not adversarial", "vae", "", "digits"),
+    Row("losses", "L1", "pix2pix-l1", "--loss l1", "photos", ("0.42", "0.15", "0.11")),
+    Row("losses", "GAN", "pix2pix-gan", "--loss gan", "photos", ("0.22", "0.05", "0.01")),
+    Row("losses", "cGAN", "pix2pix-cgan", "--loss cgan", "photos", ("0.57", "0.22", "0.16")),
+    Row("losses", "L1+GAN", "pix2pix-l1+gan", "--loss l1+gan", "photos", ("0.64", "0.20", "0.15")),
+    Row("losses", "L1+cGAN", "pix2pix", "", "photos", ("0.66", "0.23", "0.17")),
+    Row("generators", "no skips, L1", "pix2pix-noskips-l1", "--no-skips --loss l1", "photos", ("0.35", "", "0.08")),
+    Row("generators", "no skips, L1+cGAN", "pix2pix-noskips", "--no-skips", "photos", ("0.29", "", "0.05")),
+    Row("generators", "U-Net, L1", "pix2pix-l1", "--loss l1", "photos", ("0.48", "", "0.13")),
+    Row("generators", "U-Net, L1+cGAN", "pix2pix", "", "photos", ("0.55", "", "0.14")),
+    Row("patches", "1x1", "pix2pix-1", "--n-layers 0", "photos", ("0.39", "0.15", "0.10")),
+    Row("patches", "16x16", "pix2pix-16", "--n-layers 1", "photos", ("0.65", "0.21", "0.17")),
+    Row("patches", "34x34", "pix2pix", "", "photos", data="toy"),  # the default there
+    Row("patches", "70x70", "pix2pix-70", "--n-layers 3", "photos", ("0.66", "0.23", "0.17"), data="toy"),
+    Row("patches", "70x70", "pix2pix", "", "photos", ("0.66", "0.23", "0.17"), data="real"),
+    Row("patches", "286x286", "pix2pix-286", "--n-layers 5", "photos", ("0.42", "0.16", "0.11"), data="real"),
+    Row("labels", "L1", "pix2pix-labels-l1", "--loss l1", "labels", ("0.86", "0.42", "0.35")),
+    Row("labels", "cGAN", "pix2pix-labels-cgan", "--loss cgan", "labels", ("0.74", "0.28", "0.22")),
+    Row("labels", "L1+cGAN", "pix2pix-labels", "", "labels", ("0.83", "0.36", "0.29")),
+    Row("unpaired", "cycle alone", "cyclegan-cycle", "--terms cycle", "photos labels"),
+    Row("unpaired", "GAN alone", "cyclegan-gan", "--terms gan", "photos labels"),
+    Row("unpaired", "GAN + forward cycle", "cyclegan-gan+forward", "--terms gan+forward", "photos labels"),
+    Row("unpaired", "GAN + backward cycle", "cyclegan-gan+backward", "--terms gan+backward", "photos labels"),
+    Row("unpaired", "CycleGAN", "cyclegan", "", "photos labels", ("0.52", "0.17", "0.11", "0.58", "0.22", "0.16")),
+    Row("unpaired", "pix2pix, labels to photo", "pix2pix", "", "photos", ("0.71", "0.25", "0.18")),
+    Row("unpaired", "pix2pix, photo to labels", "pix2pix-labels", "", "labels", ("", "", "", "0.85", "0.40", "0.32")),
+    Row("text", "GAN", "text2img-gan", "--no-cls --no-int", "sentences"),
+    Row("text", "GAN-CLS", "text2img-cls", "--no-int", "sentences"),
+    Row("text", "GAN-INT", "text2img-int", "--no-cls", "sentences"),
+    Row("text", "GAN-INT-CLS", "text2img", "", "sentences"),
+    Row("parzen", "GAN", "gan", "", "digits", ("225 ± 2",)),
+    Row("parzen", "GAN, Adam", "gan-adam", "--optimiser adam", "digits", data="real"),
+    Row("parzen", "cGAN", "cgan", "", "digits", ("132 ± 1.8",)),
+    Row("parzen", "cGAN, Adam", "cgan-adam", "--optimiser adam", "digits", data="real"),
+    Row("variants", "not saturating", "dcgan", "", "digits"),
+    Row("variants", "minimax", "dcgan-minimax", "--loss minimax", "digits"),
+    Row("variants", "least squares", "dcgan-lsgan", "--loss lsgan", "digits"),
+    # five updates of D for one of G: with five times the 30 epochs, G gets as many updates as above
+    Row("variants", "WGAN", "dcgan-wgan", "--loss wgan --epochs 150", "digits", data="toy"),
+    Row("variants", "WGAN-GP", "dcgan-wgan-gp", "--loss wgan-gp --epochs 150", "digits", data="toy"),
+)
+
+
+def rows_of(table, data):
+    """The rows of a table on a data set."""
+    return [row for row in ROWS if row.table == table and ("toy" if data == "toy" else "real") in row.data]
+
+
+def make(table, data, results):
+    """A table from the results on a data set: its title, its rows of texts and its note; None if there are none."""
+    (title, columns, source), data = TABLES[table], Path(data).resolve().name
+    rows, every = [("real images", REAL.get(table, ()), [])], []
+    for row in rows_of(table, data):
+        found = [each for each in results if (each.get("case"), each.get("data")) == (row.name, data)]
+        rows.append((row.label, row.paper, found))
+        every += found
+    return (f"{title}, {data}", cells(columns.split(), rows), notes(columns.split(), source, every)) if every else None
+
+
+class Run(NamedTuple):
+    """What is trained and judged: a row on a data set with a seed. `name` is that of its result."""
+
+    name: str
+    case: str
+    script: str
+    flags: list[str]
+    data: str
+    seed: int
+    judges: list[str]
+
+
+def plan(tables, data_sets, seeds, more):
+    """The runs that tables need, each once: all with the first seed, then all with the next."""
+    runs = {}
+    for seed, data, table in itertools.product(range(seeds), data_sets, tables):
+        for row in rows_of(table, data):
+            script = "bench/vae.py" if row.name == "vae" else f"{row.name.partition('-')[0]}.py"
+            flags = shlex.split(f"{row.flags} {more}")
+            if script == "pix2pix.py":  # in real pairs A is the photo, on toy data the labels
+                flags = ["--direction", "AtoB" if (data == "toy") == (row.judges == "photos") else "BtoA", *flags]
+            judges = [judge for judge in row.judges.split() if can_judge(judge, data)]
+            if judges:
+                name = f"{row.name}-{Path(data).resolve().name}-{seed}"
+                runs[name] = Run(name, row.name, script, flags, data, seed, judges)
+    return list(runs.values())
+
+
+def train(run, folder, args):
+    """Train a run in a process of its own, and add up its seconds and its peak memory in FOLDER.json."""
+    command = [sys.executable, ROOT / run.script, RUN_OPTION, folder, "--data", run.data, "--data-root", args.data_root]
+    command += [*run.flags, "--seed", run.seed, *(["--device", args.device] if args.device else [])]
+    note, before, started = Path(f"{folder}.json"), read_log(folder), time.monotonic()
+    used = read_json(note) or {"seconds": 0.0, "peak_memory": 0}
+    with open(f"{folder}.txt", "wb") as output:
+        child = subprocess.Popen([*map(str, command)], stdout=output, stderr=output)
+    try:
+        _, status, usage = os.wait4(child.pid, 0)  # it tells of the memory, too
+        child.returncode = os.waitstatus_to_exitcode(status)
+        if args.circumstances["device"] == "cpu":  # elsewhere the memory that matters is not this
+            used["peak_memory"] = max(used["peak_memory"], usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024))
+    except KeyboardInterrupt:
+        child.terminate()  # the script saves first
+        child.wait()
+        raise
+    finally:
+        if read_log(folder)[-1:] != before[-1:]:  # else there was nothing left to train
+            used["seconds"] += time.monotonic() - started
+            save(note, json.dumps(used))
+    if child.returncode:
+        lines = Path(f"{folder}.txt").read_text("utf-8", "replace").strip().splitlines()
+        sys.exit(lines[-1] if lines else f"{run.script} ended with {child.returncode}")
+    return used
+
+
+def identity(run, args):
+    """What a result must agree with, or the run is repeated. `code` is a hash of the script without its comments."""
+    tree = ast.dump(ast.parse((ROOT / run.script).read_text("utf-8")))
+    code = hashlib.sha256(tree.encode()).hexdigest()[:12]
+    return {"script": run.script, "code": code, "flags": run.flags, "samples": args.samples}
 
 
 def is_done(run, args):
-    """Whether its result is there, of the same code, flags and judges."""
-    result = report.read_json(args.results / f"{run.name}.json") or {}
-    return all(result.get(name) == value for name, value in (begun_as(run, args) | judged_as(run, args)).items())
+    """Whether the result of a run is there."""
+    result = read_json(args.results / f"{run.name}.json") or {}
+    return result == result | identity(run, args)
 
 
-def write_json(path, value):
-    """Write a dict, whole or not at all."""
-    with gan.replacing(path) as file:
-        file.write((json.dumps(value, indent=1) + "\n").encode())
-
-
-def log_of(folder):
-    """The rows of a run's log.jsonl."""
-    path = folder / "log.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def steps_of(folder):
-    """How many updates a run has made."""
-    return max((row["step"] for row in log_of(folder)), default=0)
-
-
-# -- training --------------------------------------------------------------------------------------------------------
-
-
-def next_stop(args, steps, judged):
-    """Where training stops to be judged next: with --curve after 100, 200, 400, ... updates, else only in the end."""
-    stops = [100 * 2**i for i in range(30)] if args.curve else []
-    limit = args.max_steps or 2**63
-    return next((stop for stop in stops if steps <= stop < limit and stop not in judged), args.max_steps)
-
-
-def start(run, args):
-    """Train a run, from the beginning or from where it was stopped, in a process of its own. -> process, stop, time."""
-    folder, path, now = args.runs / run.name, args.runs / f"{run.name}.json", begun_as(run, args)
-    note = report.read_json(path) or {}
-    if folder.exists() and any(note.get(name) != now[name] for name in now):  # it was begun otherwise
-        olds = (folder.with_name(f"{run.name}.old-{n}") for n in itertools.count(1))
-        folder.rename(next(old for old in olds if not old.exists()))
-    if not folder.exists():
-        note = now | {"steps": 0, "seconds": 0.0, "peak_memory": None, "curve": []}
-        write_json(path, note)
-    stop = next_stop(args, steps_of(folder), [point["step"] for point in note["curve"]])
-    command = [ROOT / run.script, "--data", run.data, *now["flags"], "--seed", run.seed, "--run", folder]
-    command += ["--data-root", args.data_root] + (["--device", args.device] if args.device else [])
-    command = [sys.executable, *map(str, command), *(["--max-steps", str(stop)] if stop else [])]
-    with open(args.runs / f"{run.name}.txt", "ab") as said:
-        child = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT, env=environment(args))
-    return child, stop, time.monotonic()
-
-
-def ended(child):
-    """Exit status and peak memory in bytes of a child process, which Windows doesn't tell; None while it runs."""
-    if not hasattr(os, "wait4"):
-        return None if child.poll() is None else (child.returncode, None)
-    pid, status, usage = os.wait4(child.pid, os.WNOHANG)
-    if not pid:
-        return None
-    child.returncode = os.waitstatus_to_exitcode(status)
-    return child.returncode, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def keep(run, args, seconds, peak=None):
-    """Add to a run's note how far it was trained, how long and in how much memory. Returns the note."""
-    path = args.runs / f"{run.name}.json"
-    note, steps = report.read_json(path), steps_of(args.runs / run.name)
-    if steps > note["steps"]:  # else there was nothing left to do
-        peak = max(filter(None, (note["peak_memory"], peak)), default=None)
-        note |= {"steps": steps, "seconds": note["seconds"] + seconds, "peak_memory": peak}
-        write_json(path, note)
-    return note
-
-
-def finish(run, args, stop):
-    """Judge what a run has learned when it stopped. Returns its metrics if that was its end, and its result written."""
-    path, rows, metrics = args.runs / f"{run.name}.json", log_of(args.runs / run.name), {}
-    for judge in judges_of(run.case, run.data):
-        metrics |= JUDGES[judge][0](run, args)
-    note, step = report.read_json(path), rows[-1]["step"]
-    note["curve"] = [point for point in note["curve"] if point["step"] != step]
-    note["curve"] += [{"step": step} | {name: metric["value"] for name, metric in metrics.items()}]
-    write_json(path, note)
-    if stop == step and stop != args.max_steps:
-        return None
-    write_result(run, args, note, rows, metrics)
-    return metrics
-
-
-def write_result(run, args, note, rows, metrics):
-    """The JSON of a run and, of the first seed, its last samples beside it."""
-    folder, count = args.runs / run.name, -(-len(rows) // 100)
-    rates = [row["images_per_s"] for last, row in zip(rows, rows[1:]) if row["step"] - last["step"] > 1]
-    result = {"case": run.case, "data": run.set, "seed": run.seed}
-    result |= {name: note[name] for name in ("script", "code", "flags")} | judged_as(run, args) | args.circumstances
-    result |= {"settings": report.read_json(folder / "config.json"), "steps": rows[-1]["step"]}
-    result |= {"seconds": note["seconds"], "images_per_s": statistics.median(rates or [rows[-1]["images_per_s"]])}
-    result |= {"peak_memory": note["peak_memory"], "metrics": metrics, "curve": note["curve"]}
-    write_json(args.results / f"{run.name}.json", result | {"log": rows[::-count][::-1]})
-    sheets = [path for path in sorted((folder / "samples").glob("*.png")) if path.stem.isdigit()]
-    if sheets and run.seed == 0:
-        image = Image.open(sheets[-1]).convert("RGB")
+def train_and_judge(run, args):
+    """Write the JSON of a run and, of the first seed, its last samples. -> its metrics."""
+    known = identity(run, args)
+    key = hashlib.sha256(f"{known['code']} {run.flags}".encode()).hexdigest()[:8]
+    folder = args.runs / f"{run.name}-{key}"  # other code or other flags have another one
+    used, metrics = train(run, folder, args), {}
+    for judge in run.judges:
+        metrics |= JUDGES[judge](run, folder, args)
+    settings, log = read_json(folder / "config.json"), read_log(folder)
+    result = {"case": run.case, "data": Path(run.data).resolve().name, "seed": run.seed}
+    result |= known | args.circumstances | {"precision": settings["precision"], "settings": settings}
+    result |= {"steps": log[-1]["step"], **used, "metrics": metrics, "log": log[:: -(len(log) // 100 + 1)][::-1]}
+    result["images_per_s"] = value(result, "images_per_s")
+    save(args.results / f"{run.name}.json", json.dumps(result, indent=1) + "\n")
+    grids = sorted(path for path in (folder / "samples").glob("*.png") if path.stem.isdigit())
+    if grids and not run.seed:
+        image = Image.open(grids[-1]).convert("RGB")
         image.thumbnail((480, 480))
-        with gan.replacing(args.results / f"{run.name}.png") as file:
-            image.quantize(256).save(file, "PNG", optimize=True)
-
-
-def train_all(runs, args):
-    """Train `runs`, --jobs at a time, and judge one while others train. Returns the names of those that failed."""
-    waiting, children, failed = [*runs], {}, []
-    try:
-        while waiting or children:
-            while waiting and len(children) < args.jobs:
-                run = waiting.pop(0)
-                children[run] = start(run, args)
-            show(children, args)
-            time.sleep(0.2)
-            for run, (child, stop, begun) in [*children.items()]:
-                if (end := ended(child)) is None:
-                    continue
-                del children[run]
-                status, peak = end
-                note = keep(run, args, time.monotonic() - begun, peak)
-                try:
-                    if status:
-                        sys.exit(last_words(run, args) or f"{run.script} ended with {status}")
-                    if (metrics := finish(run, args, stop)) is None:
-                        waiting.insert(0, run)
-                        continue
-                    say(f"{run.name}: {note['seconds'] / 60:.1f} minutes, {report.summary(metrics)}")
-                except (Exception, SystemExit) as error:
-                    if isinstance(getattr(error, "code", None), int):
-                        raise  # a signal
-                    failed.append(run.name)
-                    say(f"{run.name} failed: {str(error).partition(chr(10))[0]}", sys.stderr)
-    finally:
-        for child, _, _ in children.values():
-            child.terminate()  # it saves first
-        for run, (child, _, begun) in children.items():
-            child.wait()
-            keep(run, args, time.monotonic() - begun)
-    return failed
-
-
-def last_words(run, args):
-    """The last line that a run printed."""
-    path = args.runs / f"{run.name}.txt"
-    with open(path, "rb") as file:
-        file.seek(max(0, path.stat().st_size - 4096))
-        lines = file.read().decode("utf-8", "replace").replace("\r", "\n").split("\n")
-    return next((line.strip() for line in reversed(lines) if line.strip()), "")
-
-
-def say(text, file=None):
-    """Print a line, over what `show` has put there."""
-    print(f"\r{text:<99}" if sys.stdout.isatty() else text, file=file or sys.stdout, flush=True)
-
-
-def show(children, args):
-    """On a terminal, how far each run is."""
-    if sys.stdout.isatty():
-        texts = [f"{run.name} {last_words(run, args).partition(' left')[0]}" for run in children]
-        print(f"\r{' | '.join(texts):<99.99}", end="", flush=True)
-
-
-# -- the command -----------------------------------------------------------------------------------------------------
+        image.quantize(256).save(args.results / f"{run.name}.png", optimize=True)
+    return metrics
 
 
 def options(parser):
     """What it takes."""
     add = parser.add_argument
-    add("names", nargs="*", metavar="NAME", help=f"which (all): {', '.join(TABLES)}")
-    sets = "toy, mnist, cifar10, cityscapes, or a folder of pairs with class ids"
-    add("--data", nargs="+", default=["toy"], help=f"{sets}; a table takes those that it can be made from")
-    add("--data-root", type=Path, default=Path("data"), help="where downloads go, or lie already")
-    add("--seeds", type=int, default=3, help="runs of each case, with seeds from 0 up")
-    add("--cases", nargs="+", metavar="CASE", help=f"only these of their rows: {', '.join(CASES)}")
+    add("tables", nargs="*", metavar="NAME", help=f"which (all): {', '.join(TABLES)}")
+    sets = "toy, mnist, cityscapes, or a folder of pairs photo | labels with class ids (see bench fcn)"
+    add("--data", nargs="+", default=["toy"], help=f"{sets}; each table takes those that it can be made on")
+    add("--data-root", type=Path, default=Path("data"), help="where downloads and trained judges are kept (data)")
+    add("--seeds", type=int, default=3, help="runs of each row, with seeds from 0 up (3)")
     add("--flags", default="", help='more flags of the scripts, for every run: --flags="--size 128 --epochs 40"')
-    add("--max-steps", type=int, help="stop every run after so many updates")
-    add("--curve", action="store_true", help="judge also after 100, 200, 400, ... updates")
-    add("--count", type=int, default=10000, help="samples that are drawn to be judged")
-    add("--runs", type=Path, default=Path("runs", "bench"), help="folder for the run folders")
-    add("--results", type=Path, help="folder for a JSON a run (RUNS/results); bench/results has the published ones")
-    add("--cache", type=Path, default=Path("data"), help="where trained judges are kept")
+    add("--samples", type=int, default=10000, help="images that are drawn to be judged (10000)")
+    add("--runs", type=Path, default=Path("runs", "bench"), help="folder for the run folders (runs/bench)")
+    add("--results", type=Path, help="folder for the results (RUNS/results); bench/results has the published ones")
     add("--device", help="cpu, cuda, ... (the accelerator, if there is one)")
-    add("--jobs", type=int, help="runs at a time (one for each --threads cores of a CPU; 1 on an accelerator)")
-    add("--threads", type=int, default=1, help="of each run")
 
 
-def settle(args):
-    """Check options, and fill in what was not given."""
-    for name in ("seeds", "max_steps", "count", "jobs", "threads"):
-        if (number := getattr(args, name)) is not None and number < 1:
-            sys.exit(f"bench: --{name.replace('_', '-')} {number}: give a number from 1 up")
-    if unknown := [name for name in args.names if name not in TABLES]:
-        sys.exit(f"bench: {unknown[0]} is no table: there are {', '.join(TABLES)}")
-    if unknown := [case for case in args.cases or [] if case not in CASES]:
-        sys.exit(f"bench: --cases {unknown[0]} is no case: there are {', '.join(CASES)}")
-    args.names, args.results = args.names or [*TABLES], args.results or args.runs / "results"
-    for data in args.data:
-        kinds = sorted({kind for name in args.names for kind in kinds_of(name)})
-        if not planned(args.names, [data], 1):
-            sys.exit(f"bench: --data {data}: {', '.join(args.names)} can be made from {', '.join(kinds)}")
-    device = gan.get_args(["--device", args.device] if args.device else []).device  # or it is refused
-    args.jobs = args.jobs or (max(1, torch.get_num_threads() // args.threads) if device == "cpu" else 1)
-    args.circumstances = speed.circumstances(device) | {"threads": args.threads, "jobs": args.jobs}
-    torch.set_num_threads(args.threads)  # of the judges
+def main(argv=None):
+    """Train and judge what is missing, and print the tables. A run that fails leaves its cells empty."""
+    args = parse(argv, "tables", __doc__, options)
+    if unknown := [name for name in args.tables if name not in TABLES]:
+        fail(f"there is no table {unknown[0]}: there are {', '.join(TABLES)}")
+    args.tables, args.results = args.tables or [*TABLES], args.results or args.runs / "results"
+    args.circumstances = circumstances(find_device(args.device))
+    runs = plan(args.tables, args.data, args.seeds, args.flags)
+    if not runs:
+        fail(f"--data {' '.join(args.data)}: no row of {', '.join(args.tables)} can be made of that")
     args.runs.mkdir(parents=True, exist_ok=True)
-    return args
-
-
-def run(args):
-    """Train and judge what is missing, and print the tables. A run that fails leaves its cells empty, and status 2."""
-
-    def stop(number, frame):
-        sys.exit(128 + number)
-
-    before = {kind: signal.signal(kind, stop) for kind in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        runs = planned(settle(args).names, args.data, args.seeds)
-        runs = [each for each in runs if each.case in (args.cases or CASES)]
-        missing = [each for each in runs if not is_done(each, args)]
-        say(f"{len(runs)} runs, {len(runs) - len(missing)} of them done; results go to {args.results}")
-        failed = train_all(missing, args)
-    finally:
-        for kind, handler in before.items():
-            signal.signal(kind, handler)
-    results = [report.read_json(args.results / f"{each.name}.json") for each in runs if is_done(each, args)]
-    for name, data in itertools.product(args.names, args.data):
-        if any(report.used(name, data, results).values()):
-            print(f"\n{report.markdown(name, data, results)}")
-    print(f"\n`python -m bench report --results {args.results}` makes a page with samples and curves")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    failed = []
+    for number, run in enumerate(runs, 1):
+        if is_done(run, args):
+            continue
+        print(f"{number} of {len(runs)}: {run.name}", flush=True)
+        try:
+            metrics = train_and_judge(run, args)
+            print("   ", ", ".join(f"{name} {metric['value']:.4g}" for name, metric in metrics.items()), flush=True)
+        except (Exception, SystemExit) as error:
+            failed.append(run.name)
+            print(f"    failed: {error}", file=sys.stderr, flush=True)
+    results = [read_json(args.results / f"{run.name}.json") for run in runs if is_done(run, args)]
+    for table, data in itertools.product(args.tables, args.data):
+        made = make(table, data, results)
+        if made:
+            print(markdown(*made))
     if failed:
-        sys.exit(f"bench: {len(failed)} of {len(runs)} runs failed: {', '.join(failed)}")
+        fail(f"{len(failed)} of {len(runs)} runs failed: {', '.join(failed)}")

@@ -1,6 +1,5 @@
-"""The papers' tables: what is trained and what is not trained again, what they show, README.md and the page."""
+"""The papers' tables: what is trained and what is not trained again, what the tables say, README.md and the page."""
 
-import argparse
 import importlib
 import json
 import os
@@ -13,364 +12,342 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from scripts import environment
 
-from bench import judges, report, tables
+from bench import columns, common, report, speed, tables, vae
 from bench.__main__ import main
-from bench.cases import CASES, COLUMNS, JUDGED, TABLES, Run, flags, judges_of, kinds_of, planned, same
 
 ROOT = Path(__file__).parent.parent
+SCRIPT = f"""  # stands for pix2pix.py: ten updates, saved on SIGTERM; --loss gan fails, --loss cgan waits in the sixth
+import json, signal, sys, time
+from pathlib import Path
+given = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+run = Path(given["{common.RUN_OPTION}"])
+(run / "samples").mkdir(parents=True, exist_ok=True)
+if given.get("--loss") == "gan":
+    sys.exit("pix2pix.py: no such loss")
+settings = {{"batch_size": 4, "k": 5, "precision": "fp32", "loss": given.get("--loss")}}
+(run / "config.json").write_text(json.dumps(settings))
+first = int((run / "last.pt").read_text()) if (run / "last.pt").exists() else 0
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+for step in range(first + 1, 11):
+    if given.get("--loss") == "cgan" and step == 6 and not first:
+        time.sleep(60)
+    with open(run / "log.jsonl", "a") as log:
+        log.write(json.dumps({{"step": step, "epoch": 1, "loss_G": 1 / step, "images_per_s": 1.0}}) + "\\n")
+    (run / "last.pt").write_text(str(step))
+if first < 10:
+    from PIL import Image
+    Image.new("RGB", (900, 9), "teal").save(run / "samples" / "0000010.png")
+"""
 
 
 def result(case="pix2pix", seed=0, data="toy", **metrics):
     """What a run leaves, with metrics that real images get 0.99 in."""
-    metrics = {
-        name: {"value": value, "real": 0.99, "n_samples": 100, "n_real": 100, "features": "a judge"}
-        for name, value in metrics.items()
-    }
-    points = [{"step": step, **{name: metric["value"] for name, metric in metrics.items()}} for step in (100, 1800)]
-    log = [
-        {"step": step, "epoch": 1, "loss_D": 0.5, "loss_G": 1.0 / step, "images_per_s": 50.0} for step in (1, 900, 1800)
-    ]
+    judged = {"real": 0.99, "n_samples": 100, "n_real": 200, "features": "a judge"}
+    given = {name: value if isinstance(value, dict) else {"value": value} for name, value in metrics.items()}
     return {
         **{"case": case, "data": data, "seed": seed, "script": f"{case.partition('-')[0]}.py", "flags": []},
-        **{"code": "0", "steps": 1800, "seconds": 120.0, "images_per_s": 50.0, "peak_memory": 2**30},
-        **{"device_name": "a CPU", "versions": {"torch": "2.14.1"}, "settings": {"size": 64}, "metrics": metrics},
-        **{"curve": points, "log": log},
+        **{"steps": 1800, "seconds": 120.0, "peak_memory": 2**30, "commit": "abcdef0123", "clean": True},
+        **{"device_name": "a CPU", "versions": {"torch": "2.14.1"}, "settings": {"batch_size": 4}},
+        "metrics": {name: judged | metric for name, metric in given.items()},
+        "log": [{"step": step, "epoch": 1, "loss_G": 1.0 / step, "images_per_s": 50.0} for step in (1, 900, 1800)],
     }
 
 
-def cells(text):
-    """{label of a row: its cells} of a table in Markdown."""
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
-    return {row[0]: row[1:] for row in rows}
+def table(name, results, data="toy"):
+    """{label of a row: its texts} of a table, and its note."""
+    _, rows, note = tables.make(name, data, results)
+    return {row[0]: list(row[1:]) for row in rows}, note
 
 
-# -- cases -----------------------------------------------------------------------------------------------------------
+# -- rows ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_flags_are_the_scripts(case):
-    """The script takes them, on the toy set and on one of the papers'."""
-    paper = {"pix2pix": "cityscapes", "cyclegan": "cityscapes", "text2img": "birds"}
-    script = case.partition("-")[0]
-    for data in ("toy", paper.get(script, "mnist")):
-        if data == "toy" and CASES[case].on == "real":
-            assert not judges_of(case, data)
-            continue
-        args = importlib.import_module(script).get_args(["--data", data, *flags(case, data)])
-        assert args.data == data
+@pytest.mark.parametrize("row", tables.ROWS, ids=lambda row: f"{row.table}-{row.name}")
+def test_rows(row):
+    """The script takes the flags, rows of one name are one run, the paper's numbers have columns."""
+    same = [other for other in tables.ROWS if other.name == row.name]
+    assert {(other.flags, other.judges) for other in same} == {(row.flags, row.judges)}
+    assert len(row.paper) <= len(tables.TABLES[row.table][1].split())
+    if row.name != "vae":
+        script = importlib.import_module(row.name.partition("-")[0])
+        data = "toy" if "toy" in row.data else {"pix2pix": "cityscapes"}.get(script.__name__, "mnist")
+        assert script.get_args(["--data", data, *row.flags.split()]).data == data
 
 
-def test_tables_are_made_of_cases():
-    """Each row names a case, each column has a heading, a paper's row is no longer than the columns."""
-    for table in TABLES.values():
-        assert set(table.columns) <= COLUMNS.keys()
-        for _, case, paper in table.rows:
-            assert case in CASES and len(paper) <= len(table.columns)
-            assert (ROOT / f"{case.partition('-')[0]}.py").exists()
-    assert {judge for case in CASES.values() for judge in case.judges} == JUDGED.keys() == judges.JUDGES.keys()
-
-
-def test_equal_cases_are_trained_once():
-    """A patch of 34 pixels is the default on the toy set, one of 70 elsewhere; CycleGAN's 128 pixels are its own."""
-    assert same("pix2pix-34", "toy") == same("pix2pix-70", "cityscapes") == "pix2pix"
-    assert same("pix2pix-70", "toy") == "pix2pix-70" and same("pix2pix-34", "cityscapes") == "pix2pix-34"
-    assert same("pix2pix-small", "toy") == "pix2pix" and same("pix2pix-small", "cityscapes") == "pix2pix-small"
-    assert same("pix2pix-286", "cityscapes") == "pix2pix-286" and not judges_of("pix2pix-286", "toy")
-
-
-def test_all_cases_before_the_next_seed():
-    """So an interrupted table has all rows of the seeds that are done; what two tables share is there once."""
-    runs = planned(["losses", "generators"], ["toy"], 2)
-    assert len(runs) == len(set(runs)) == 14 and [run.seed for run in runs] == [0] * 7 + [1] * 7
-    assert {run.case for run in planned([*TABLES], ["cifar10"], 1)} == {"dcgan"}
-    assert planned(["losses"], ["mnist"], 1) == [] and kinds_of("losses") == {"toy", "pairs"}
+def test_all_rows_before_the_next_seed():
+    """What two tables share is trained once; on real pairs A is the photo, on toy data the labels."""
+    runs = tables.plan(["losses", "generators", "labels"], ["toy"], 2, "--size 32")
+    assert len(runs) == len({run.name for run in runs}) == 20 and [run.seed for run in runs] == [0] * 10 + [1] * 10
+    assert runs[0].name == "pix2pix-l1-toy-0" and runs[0].script == "pix2pix.py" and runs[0].judges == ["photos"]
+    assert runs[0].flags == ["--direction", "AtoB", "--loss", "l1", "--size", "32"]
+    directions = {run.name: run.flags[1] for run in tables.plan(["losses", "labels"], ["cityscapes"], 1, "")}
+    assert directions["pix2pix-cityscapes-0"] == "BtoA" and directions["pix2pix-labels-cityscapes-0"] == "AtoB"
+    assert tables.plan(["losses"], ["mnist"], 1, "") == []
+    names = [run.name for run in tables.plan(["methods"], ["mnist"], 1, "")]
+    assert names == ["dcgan-mnist-0", "cgan-mnist-0", "gan-mnist-0", "vae-mnist-0"]
 
 
 # -- tables ----------------------------------------------------------------------------------------------------------
 
 
 def test_spread_by_hand():
-    """The mean, and the deviation over N - 1; of one number no deviation, of none nothing."""
-    assert report.spread([0.1, 0.2, 0.6], ".2f") == "0.30 ± 0.26"  # squares .04 + .01 + .09 = .14; / 2 = .07
-    assert report.spread([0.123], ".2f") == "0.12" and report.spread([], ".2f") == ""
+    """The mean and the deviation over N - 1, of one number its standard error, of none nothing."""
+    assert columns.spread([0.1, 0.2, 0.6], 9, ".2f") == "0.30 ± 0.26"  # squares .04 + .01 + .09 = .14; / 2 = .07
+    assert columns.spread([0.123], None, ".2f") == "0.12" and columns.spread([], None, ".2f") == ""
+    assert columns.spread([232.6], 1.9, ".0f") == "233 ± 2"
 
 
 def test_table_by_hand():
     """Ours and the paper's side by side, real images on top, empty cells where nothing was measured."""
     some = [result("pix2pix-l1", seed, photo_pixel=0.4 + 0.1 * seed, photo_iou=0.25) for seed in range(3)]
-    some += [result("pix2pix", 0, photo_pixel=0.7, photo_iou=0.5), result("pix2pix", 0, "mnist", photo_pixel=0.0)]
-    text = report.markdown("losses", "toy", some)
-    rows = cells(text)
-    assert rows[""] == ["pixel accuracy", "paper", "class IoU", "paper", "seeds"]  # nobody measured class accuracy
-    assert rows["real images"] == ["0.99", "0.80", "0.99", "0.21", ""]
+    some += [result("pix2pix", photo_pixel=0.7, photo_iou={"value": 0.5, "error": 0.03})]
+    some += [result("pix2pix", data="mnist", photo_pixel=0.0)]
+    rows, note = table("losses", some)
+    assert rows[""] == ["photo pixel", "paper", "photo IoU", "paper", "seeds"]  # nobody measured class accuracy
+    assert rows["real images"] == ["0.99", "0.80", "0.99", "0.21", ""] and [*rows][1] == "real images"
     assert rows["L1"] == ["0.50 ± 0.10", "0.42", "0.25 ± 0.00", "0.11", "3"]
     assert rows["GAN"] == ["", "0.22", "", "0.01", ""]
-    assert rows["L1+cGAN"] == ["0.70", "0.66", "0.50", "0.17", "1"]
-    assert [line for line in rows if line not in ("", "-----------")][0] == "real images"
-    for said in ("toy, 64 pixels", "1,800 updates", "100 images", "a judge", "a CPU", "Isola et al. 2017, Table 1"):
-        assert said in text
+    assert rows["L1+cGAN"] == ["0.70", "0.66", "0.50 ± 0.03", "0.17", "1"]
+    for said in ("1,800 updates", "100 images, 200 real", "a judge", "a CPU", "abcdef0", "Isola et al. 2017, Table 1"):
+        assert said in note
+    assert "with changes" in table("losses", [result(photo_iou=0.5) | {"clean": False}])[1]
 
 
-def test_speed_and_memory_are_columns():
-    rows = cells(report.markdown("methods", "toy", [result(photo_iou=0.5)]))
-    assert rows["pix2pix"] == ["0.50", "50", "2.0", "1024", "1"] and rows["GAN"] == [""] * 5
+def test_speed_and_memory():
+    """Images of the data per second count those of all k updates of D."""
+    wgan = result("dcgan", kid=0.1) | {"settings": {"batch_size": 4, "k": 5}}
+    rows, _ = table("methods", [result(photo_iou=0.5), wgan])
+    assert rows["pix2pix"] == ["0.50", "", "60", "2.0", "1,024", "1"] and rows["GAN"] == [""] * 6
+    assert rows["DCGAN"] == ["", "0.100", "300", "2.0", "1,024", "1"]
+    assert table("methods", [result(photo_iou=0.5) | {"peak_memory": 0}])[0][""][-2:] == ["minutes", "seeds"]
 
 
 def test_few_images_for_fid():
     """Below 2,048 images there is a warning, and KID stands first."""
-    few, many = ([result("dcgan", 0, kid=1.0, fid=2.0)] for _ in range(2))
-    many[0]["metrics"]["fid"] |= {"n_samples": 10000, "n_real": 2048}
-    assert "100 images, fewer than 2,048" in report.markdown("variants", "toy", few)
-    assert "fewer" not in report.markdown("variants", "toy", many)
-    head = cells(report.markdown("variants", "toy", few))[""]
-    assert head.index("KID") < head.index("FID")
+    rows, note = table("variants", [result("dcgan", kid=1.0, fid={"value": 2.0, "n_samples": 10000, "n_real": 2047})])
+    assert "fewer than 2,048" in note and rows[""][:2] == ["KID", "FID"]
+    assert rows["not saturating"][-2:] == ["1,800", "1"]  # updates of G, seeds
+    enough = {"value": 2.0, "n_samples": 10000, "n_real": 2048}
+    assert "fewer" not in table("variants", [result("dcgan", fid=enough)])[1]
 
 
-# -- README.md and the page ------------------------------------------------------------------------------------------
+# -- README.md, RESULTS.md and the page ------------------------------------------------------------------------------
 
 
-def test_readme_is_up_to_date():
-    """What stands between the markers is made from the results beside: `python -m bench report` does it."""
-    text = (ROOT / "README.md").read_text("utf-8")
-    assert report.fill_readme(text, report.read_results(ROOT / "bench" / "results")[0]) == text
+def test_published_tables_are_up_to_date():
+    """README.md between its markers and RESULTS.md hold what `python -m bench report` makes of bench/results."""
+    found = [json.loads(path.read_text("utf-8")) for path in sorted((ROOT / "bench" / "results").glob("*.json"))]
+    readme = (ROOT / "README.md").read_text("utf-8")
+    assert report.fill_readme(readme, found) == readme
+    assert report.results_text(found) == (ROOT / "bench" / "RESULTS.md").read_text("utf-8")
 
 
-def test_markers_are_filled():
-    """The text around stays, and filling twice is filling once."""
-    text = "before\n<!-- bench:losses toy -->\nold\n<!-- /bench -->\nafter\n"
-    once = report.fill_readme(text, [result(photo_iou=0.5)])
+def test_markers():
+    """The text around stays, filling twice is filling once; a marker that cannot be filled is named."""
+    text, found = "before\n<!-- bench:losses toy -->\nold\n<!-- /bench -->\nafter\n", [result(photo_iou=0.5)]
+    once = report.fill_readme(text, found)
     assert once.startswith("before\n<!-- bench:losses toy -->\n**pix2pix") and once.endswith("<!-- /bench -->\nafter\n")
-    assert "old" not in once and report.fill_readme(once, [result(photo_iou=0.5)]) == once
-
-
-@pytest.mark.parametrize("marker", ["<!-- bench:nonsense toy -->", "<!-- bench:losses mnist -->"])
-def test_markers_that_cannot_be_filled(marker):
-    with pytest.raises(SystemExit, match=marker.split(":")[1].partition(" -->")[0]):
-        report.fill_readme(f"{marker}\n<!-- /bench -->\n", [result(photo_iou=0.5)])
+    assert "old" not in once and report.fill_readme(once, found) == once
+    for wrong, named in ((text.replace("losses", "nonsense"), "nonsense"), (text.replace("toy", "mnist"), "mnist")):
+        with pytest.raises(SystemExit, match=named):
+            report.fill_readme(wrong, found)
     with pytest.raises(SystemExit, match="/bench"):
-        report.fill_readme("<!-- bench:losses toy -->\n", [result(photo_iou=0.5)])
+        report.fill_readme("<!-- bench:losses toy -->\n", found)
 
 
 class Page(HTMLParser):
-    """Notes what is open, what a page asks of others, and its text."""
+    """Notes what a page asks of others, its pictures and its text."""
 
     def __init__(self, text):
         super().__init__()
-        self.open, self.outside, self.pictures, self.text = [], [], 0, ""
+        self.outside, self.pictures, self.text = [], 0, ""
         self.feed(text)
 
     def handle_starttag(self, tag, attrs):
-        asked = [value for name, value in attrs if name in ("src", "href", "srcset", "xlink:href", "data")]
-        self.outside += [value for value in asked if not value.startswith(("data:image/png;base64,", "#"))]
+        asked = [value for name, value in attrs if name in ("src", "href", "srcset", "data")]
+        self.outside += [value for value in asked if not value.startswith("data:image/png;base64,")]
         self.outside += [tag] if tag in ("script", "link", "iframe") else []
         self.pictures += tag == "img"
-        if tag not in ("meta", "img", "br"):
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        pass
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
 
     def handle_data(self, data):
         self.text += data
 
 
 def test_page(tmp_path, capsys):
-    """Well-formed, one file, with the numbers, the samples and the curves; what a label holds is text."""
-    found = [result("pix2pix-l1", photo_iou=0.25), result("pix2pix", photo_iou=0.5)]
-    found[0]["flags"] = ["<script>"]
-    for each in found:
-        tables.write_json(tmp_path / "results" / f"{each['case']}-toy-0.json", each)
-        Image.new("RGB", (9, 9), "teal").save(tmp_path / "results" / f"{each['case']}-toy-0.png")
+    """One file with the tables, samples, curves and a study beside the paper's numbers; what a label holds is text."""
+    found = {"a": result("pix2pix-l1", photo_iou=0.25) | {"flags": ["<script>"]}, "b": result(photo_iou=0.5)}
+    found["study"] = {"method": "mine", "trials": 40, "fooled": 6, "share": 0.15, "low": 0.071, "high": 0.291}
+    (tmp_path / "results").mkdir()
+    for name, each in found.items():
+        (tmp_path / "results" / f"{name}.json").write_text(json.dumps(each))
+    Image.new("RGB", (9, 9), "teal").save(tmp_path / "results" / "pix2pix-toy-0.png")
     main(["report", "--results", str(tmp_path / "results"), "--to", str(tmp_path / "page.html")])
-    text = (tmp_path / "page.html").read_text()
-    page = Page(text)
-    assert not page.open and not page.outside and "url(" not in text and "@import" not in text
-    assert page.pictures >= 2 and text.count("<polyline") >= 4
-    assert "0.25" in page.text and "pix2pix.py --data toy <script>" in page.text
-    assert not (tmp_path / "README.md").exists() and "page.html" in capsys.readouterr().out
+    page = Page((tmp_path / "page.html").read_text())
+    assert not page.outside and page.pictures == 3 and "pix2pix.py --data toy <script>" in page.text
+    for text in ("0.25", "mine", "15.0% (7.1% to 29.1%)", "18.9 % ± 2.5 %", "2.8 % ± 1.0 %"):
+        assert text in page.text
+    assert not (tmp_path / "README.md").exists()
 
 
-def test_report_without_results(tmp_path, capsys):
-    with pytest.raises(SystemExit) as end:
-        main(["report", "--results", str(tmp_path)])
-    said = capsys.readouterr().err
-    assert end.value.code == 2 and len(said.splitlines()) == 1 and str(tmp_path) in said
+def test_curves(tmp_path):
+    """A panel for each run."""
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in result()["log"]))
+    main(["curves", str(tmp_path / "one"), str(tmp_path / "two"), "--to", str(tmp_path / "curves.png")])
+    main(["curves", str(tmp_path / "one"), "--to", str(tmp_path / "single.png")])
+    both, single = (Image.open(tmp_path / f"{name}.png") for name in ("curves", "single"))
+    assert both.width == 2 * single.width and both.height == single.height
+    assert len(set(single.convert("RGB").get_flattened_data())) > 10  # something is drawn
 
 
 # -- runs ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def judged(monkeypatch):
-    """Runs that the photo judge was asked about; it finds an IoU of .25."""
-    asked = []
+def lab(tmp_path, monkeypatch):
+    """A folder with a stand-in for pix2pix.py, which the bench trains; the judge of photos finds an IoU of .25."""
+    (tmp_path / "scripts").mkdir()
+    (tmp_path / "scripts" / "pix2pix.py").write_text(SCRIPT)
+    monkeypatch.setattr(tables, "ROOT", tmp_path / "scripts")
+    judged = []
 
-    def judge(run, args):
-        asked.append(run.name)
-        assert len([*(args.runs / run.name / "test").glob("*.png")]) == 100
+    def judge(run, folder, args):
+        judged.append(run.name)
         return {"photo_iou": {"value": 0.25, "real": 0.9, "n_samples": 100, "n_real": 100, "features": "none"}}
 
-    monkeypatch.setitem(judges.JUDGES, "photos", (judge, judges.JUDGES["photos"][1]))
-    return asked
+    monkeypatch.setitem(tables.JUDGES, "photos", judge)
+    monkeypatch.setattr(tables, "ROWS", [row for row in tables.ROWS if row.table == "losses"][:1])
+    return judged
 
 
-@pytest.fixture
-def one(monkeypatch):
-    """A table with one row."""
-    table = TABLES["losses"]
-    monkeypatch.setitem(TABLES, "losses", table._replace(rows=table.rows[:1]))
+def bench_losses(*flags):
+    main(["tables", "losses", "--seeds", "1", "--runs", "runs", *flags])
+    return json.loads(Path("runs/results/pix2pix-l1-toy-0.json").read_text())
 
 
-def tables_of(*given):
-    main(["tables", "losses", "--seeds", "1", "--runs", "runs", *given])
+def test_one_run_from_end_to_end(lab, capsys):
+    """Trained, judged, put down; not done again; judged again without its result, trained again if its code is new."""
+    found = bench_losses()
+    assert "0.25" in capsys.readouterr().out and lab == ["pix2pix-l1-toy-0"]
+    assert found["steps"] == 10 and found["seed"] == 0 and found["settings"]["loss"] == "l1"
+    assert found["precision"] == "fp32" and found["peak_memory"] > 2**22 and found["device_name"] and found["commit"]
+    assert found["images_per_s"] == pytest.approx(10 * 4 * 5 / found["seconds"]) and len(found["log"]) == 10
+    assert found["metrics"]["photo_iou"]["n_real"] == 100 and found["flags"][2:] == ["--loss", "l1"]
+    assert Image.open("runs/results/pix2pix-l1-toy-0.png").width == 480
+
+    assert bench_losses() == found and len(lab) == 1
+    Path("runs/results/pix2pix-l1-toy-0.json").unlink()
+    again = bench_losses()
+    assert len(lab) == 2 and again["seconds"] == found["seconds"] and again["peak_memory"] == found["peak_memory"]
+
+    (tables.ROOT / "pix2pix.py").write_text(SCRIPT.replace("# stands", "# comments change nothing: it stands"))
+    assert bench_losses()["code"] == found["code"] and len(lab) == 2
+    (tables.ROOT / "pix2pix.py").write_text(SCRIPT.replace("range(first + 1, 11)", "range(first + 1, 12)"))
+    assert bench_losses()["steps"] == 11 and len(lab) == 3
+    assert len([path for path in Path("runs").iterdir() if path.name.startswith("pix2pix") and path.is_dir()]) == 2
 
 
-def test_one_case_from_end_to_end(judged, one, monkeypatch, capsys):
-    """Trained in a child process, judged, put down; not done again; gone on with; begun anew if its code is new."""
-    tables_of("--max-steps", "2")
-    found = json.loads(Path("runs/results/pix2pix-l1-toy-0.json").read_text())
-    assert "0.25" in cells(capsys.readouterr().out)["L1"] and judged == ["pix2pix-l1-toy-0"]
-    assert found["steps"] == 2 and found["seed"] == 0 and found["settings"]["loss"] == "l1" and found["seconds"] > 0
-    assert found["metrics"]["photo_iou"]["n_real"] == 100 and found["peak_memory"] > 2**27 and found["images_per_s"] > 0
-    assert found.keys() >= {"commit", "clean", "device_name", "versions", "code"} and found["flags"] == ["--loss", "l1"]
-    assert Image.open("runs/results/pix2pix-l1-toy-0.png").width <= 480
-
-    with monkeypatch.context() as none:
-        none.setattr(tables, "start", lambda run, args: pytest.fail("it trained again"))
-        tables_of("--max-steps", "2")
-    assert len(judged) == 1
-
-    tables_of("--max-steps", "3")  # goes on from update 2
-    steps = [json.loads(line)["step"] for line in Path("runs/pix2pix-l1-toy-0/log.jsonl").read_text().splitlines()]
-    again = json.loads(Path("runs/results/pix2pix-l1-toy-0.json").read_text())
-    assert steps == [1, 2, 3] and again["steps"] == 3 and again["seconds"] > found["seconds"]
-    assert not Path("runs/pix2pix-l1-toy-0.old-1").exists()
-
-    monkeypatch.setattr(tables, "fingerprint", lambda path: "new")
-    tables_of("--max-steps", "3")
-    assert Path("runs/pix2pix-l1-toy-0.old-1/last.pt").exists() and Path("runs/pix2pix-l1-toy-0/last.pt").exists()
-    assert json.loads(Path("runs/results/pix2pix-l1-toy-0.json").read_text())["code"] == "new"
-
-
-def settings(**more):
-    """What `tables` has read from its command line."""
-    given = dict(runs=Path("runs"), results=Path("results"), max_steps=None, count=10, curve=False, flags="")
-    return argparse.Namespace(**given | more)
-
-
-@pytest.mark.parametrize("change", [{}, {"code": "other"}, {"flags": ["--lr", "1"]}, {"max_steps": 2}, {"judges": {}}])
-def test_what_is_done(change):
-    """A result counts if code, flags, updates and judges are those of today."""
-    run, args = Run("pix2pix-l1", "toy", 0), settings()
-    assert not tables.is_done(run, args)
-    tables.write_json(
-        Path("results/pix2pix-l1-toy-0.json"), tables.begun_as(run, args) | tables.judged_as(run, args) | change
-    )
-    assert tables.is_done(run, args) == (not change)
-    assert not tables.is_done(run, settings(flags="--ngf 8"))
-
-
-def test_flags_are_the_last_ones():
-    """--flags go to every run, behind those of its case, so that they have the last word."""
-    begun = tables.begun_as(Run("pix2pix-l1", "toy", 0), settings(flags="--size 32 --run 'a b'"))
-    assert begun["flags"] == ["--loss", "l1", "--size", "32", "--run", "a b"]
-
-
-def test_some_cases(monkeypatch, capsys):
-    """--cases leaves the other rows out, and takes only cases that there are."""
-    trained = []
-    monkeypatch.setattr(tables, "train_all", lambda runs, args: trained.extend(runs) or [])
-    tables_of("--seeds", "2", "--cases", "pix2pix", "pix2pix-gan")
-    assert trained == [Run(case, "toy", seed) for seed in (0, 1) for case in ("pix2pix-gan", "pix2pix")]
-    with pytest.raises(SystemExit) as end:
-        tables_of("--cases", "pix2pix-l2")
-    assert end.value.code == 2 and "--cases pix2pix-l2 is no case" in capsys.readouterr().err
-
-
-def test_fingerprint_is_of_what_runs(tmp_path):
-    """Comments, docstrings and line breaks change nothing, code does."""
-    texts = ['"""Doc."""\nx = f(1,\n  2)  # why\n', '"""Other."""\n\nx = f(1, 2)\n', '"""Doc."""\nx = f(1, 3)\n']
-    for i, text in enumerate(texts):
-        (tmp_path / f"{i}.py").write_text(text)
-    first, second, third = (tables.fingerprint(tmp_path / f"{i}.py") for i in range(3))
-    assert first == second != third
-
-
-def test_curve_stops():
-    """After 100, 200, 400 updates, what is judged already left out, up to the end of the run."""
-    args = settings(curve=True, max_steps=300)
-    assert tables.next_stop(args, 0, []) == 100 and tables.next_stop(args, 100, []) == 100
-    assert tables.next_stop(args, 100, [100]) == 200 and tables.next_stop(args, 250, [100]) == 300
-    assert tables.next_stop(settings(), 0, []) is None and tables.next_stop(settings(max_steps=7), 5, []) == 7
-
-
-def test_a_failure_leaves_the_others(judged, monkeypatch, capsys):
-    """Its sentence is passed on, its cells stay empty, the status is 2."""
-    table = TABLES["losses"]
-    monkeypatch.setitem(TABLES, "losses", table._replace(rows=table.rows[:2]))
-    monkeypatch.setitem(CASES, "pix2pix-l1", CASES["pix2pix-l1"]._replace(flags="--loss l1 --lr -1"))
-    with pytest.raises(SystemExit) as end:
-        tables_of("--max-steps", "1")
+def test_a_failure_leaves_the_others(lab, monkeypatch, capsys):
+    """Its sentence is passed on, its cells stay empty, the status is not 0."""
+    failing = tables.Row("losses", "GAN", "pix2pix-gan", "--loss gan", "photos")
+    monkeypatch.setattr(tables, "ROWS", [failing, *tables.ROWS])
+    with pytest.raises(SystemExit, match="1 of 2 runs failed: pix2pix-gan-toy-0"):
+        bench_losses()
     said = capsys.readouterr()
-    assert end.value.code == 2 and "pix2pix.py: --lr -1.0" in said.err and "1 of 2 runs failed" in said.err
-    rows = cells(said.out)
-    assert rows["L1"][0] == "" and rows["GAN"][0] == "0.25" and judged == ["pix2pix-gan-toy-0"]
+    assert "failed: pix2pix.py: no such loss" in said.err and "| 0.25 |" in said.out.replace("      ", " ")
+    assert lab == ["pix2pix-l1-toy-0"] and not Path("runs/results/pix2pix-gan-toy-0.json").exists()
 
 
-@pytest.mark.skipif(os.name == "nt", reason="there is no such signal")
-def test_interruption(tmp_path):
-    """SIGTERM goes on to the run, which saves; the same command goes on from there."""
-    command = [sys.executable, "-m", "bench", "tables", "losses", "--seeds", "1", "--jobs", "1", "--runs", tmp_path]
-    child = subprocess.Popen([*map(str, command)], cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL)
-    log, limit = tmp_path / "pix2pix-l1-toy-0" / "log.jsonl", time.monotonic() + 60
-    while not (log.exists() and log.stat().st_size) and child.poll() is None and time.monotonic() < limit:
-        time.sleep(0.1)
-    child.send_signal(signal.SIGTERM)
-    assert child.wait(60) == 143
-    rows, note = tables.log_of(log.parent), json.loads((tmp_path / "pix2pix-l1-toy-0.json").read_text())
-    assert (log.parent / "last.pt").exists() and note["steps"] == rows[-1]["step"] > 0 and note["seconds"] > 0
+def test_interruption(lab, tmp_path):
+    """SIGTERM goes on to the script, which saves; the same command goes on from there."""
+    code = f"""
+from pathlib import Path
+from bench import __main__, tables
+tables.ROOT = Path({str(tables.ROOT)!r})
+tables.ROWS = [tables.Row("losses", "cGAN", "pix2pix-cgan", "--loss cgan", "photos")]
+metric = {{"value": 0.5, "n_samples": 9, "n_real": 9, "features": "none"}}
+tables.JUDGES["photos"] = lambda run, folder, args: {{"photo_iou": metric}}
+__main__.main(["tables", "losses", "--seeds", "1", "--runs", "runs"])
+"""
+    command = [sys.executable, "-c", code]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    child = subprocess.Popen(command, env=environment, cwd=tmp_path, stdout=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 60
+        while not (logs := [*Path("runs").glob("*/last.pt")]) or logs[0].read_text() != "5":
+            assert child.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        child.send_signal(signal.SIGTERM)
+        assert child.wait(30) == 130
+    finally:
+        child.kill()
+    note = json.loads(logs[0].parent.with_name(f"{logs[0].parent.name}.json").read_text())
+    assert 0 < note["seconds"] < 60 and not [*Path("runs/results").glob("*")]
+    assert subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, timeout=60).returncode == 0
+    found = json.loads(Path("runs/results/pix2pix-cgan-toy-0.json").read_text())
+    assert [row["step"] for row in found["log"]] == [*range(1, 11)] and found["seconds"] > note["seconds"]
+
+
+def test_clean(tmp_path, monkeypatch):
+    """New files of others don't count, new Python files and changed ones do."""
+    monkeypatch.setattr(speed, "ROOT", tmp_path)
+    assert speed.circumstances("cpu")["commit"] is None
+    (tmp_path / "a.py").write_text("1")
+    git = ["git", "-c", "user.name=n", "-c", "user.email=e"]
+    for command in (["init"], ["add", "a.py"], ["commit", "-m", "m"]):
+        subprocess.run([*git, *command], cwd=tmp_path, check=True, capture_output=True)
+    (tmp_path / "cache.pt").write_text("")
+    assert speed.circumstances("cpu")["clean"] is True
+    (tmp_path / "b.py").write_text("")
+    assert speed.circumstances("cpu")["clean"] is False
+    (tmp_path / "b.py").unlink()
+    (tmp_path / "a.py").write_text("2")
+    assert speed.circumstances("cpu")["clean"] is False
+
+
+def test_vae(tmp_path):
+    """It trains two updates and draws; the loss falls; the run folder has what the bench reads."""
+    out = ["--out", str(tmp_path / "run")]
+    vae.main([*out, "--max-steps", "2"])
+    vae.main([*out, "--sample", "3", "--to", str(tmp_path / "drawn")])
+    images = [Image.open(file) for file in sorted((tmp_path / "drawn").glob("*.png"))]
+    assert [image.size for image in images] == [(28, 28)] * 3 and images[0] != images[1]
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["precision"] == "fp32"
+    (row,) = columns.read_log(tmp_path / "run")
+    assert row["step"] == 2 and row["reconstruction"] > 100 and row["divergence"] >= 0
+    with pytest.raises(SystemExit, match="last.pt"):
+        vae.main(["--out", str(tmp_path / "nothing"), "--sample", "3"])
 
 
 @pytest.mark.parametrize(
     ("given", "named"),
     [
         ("tables nonsense", "nonsense"),
-        ("tables losses --data nonsense", "nonsense"),
-        ("tables losses --data mnist", "pairs"),
-        ("tables --seeds 0", "--seeds 0"),
+        ("tables losses --data mnist", "mnist"),
+        ("tables --seeds many", "--seeds"),
         ("tables --device nonsense", "nonsense"),
-        ("tables --jobs 0", "--jobs 0"),
-        ("report --readme missing.md --results results", "missing.md"),
+        ("report --results missing", "missing"),
+        ("report --results damaged", "a.json is damaged"),
+        ("curves missing", "missing"),
+        ("nonsense", "nonsense"),
     ],
 )
-def test_bad_arguments(given, named, capsys):
-    """One sentence that names what is wrong, and exit status 2."""
-    tables.write_json(Path("results/pix2pix-toy-0.json"), result(photo_iou=0.5))
+def test_bad_arguments(given, named):
+    """One sentence that names what is wrong."""
+    Path("damaged").mkdir()
+    Path("damaged/a.json").write_text("{")
     with pytest.raises(SystemExit) as end:
         main(given.split())
-    said = capsys.readouterr().err
-    assert end.value.code == 2 and len(said.splitlines()) == 1 and named in said
+    assert named in end.value.code and "\n" not in end.value.code
 
 
-def test_damaged_result(capsys):
-    Path("results").mkdir()
-    Path("results/pix2pix-toy-0.json").write_text("{")
-    with pytest.raises(SystemExit):
-        main(["report", "--results", "results"])
-    assert "pix2pix-toy-0.json is damaged" in capsys.readouterr().err
-
-
-def test_no_command_is_the_suite(monkeypatch):
+def test_no_command_is_every_method(monkeypatch):
     """`python -m bench` makes the table of every method, once."""
     seen = []
-    monkeypatch.setattr(tables, "run", seen.append)
+    monkeypatch.setattr(tables, "main", seen.append)
     main([])
-    main(["--max-steps", "5"])
-    assert [(args.names, args.seeds, args.max_steps) for args in seen] == [(["methods"], 1, None), (["methods"], 1, 5)]
-    scripts = {case.partition("-")[0] for _, case, _ in TABLES["methods"].rows}
-    assert scripts == {"pix2pix", "cyclegan", "gan", "dcgan", "cgan", "text2img"}
+    main(["--device", "cpu"])
+    assert seen == [["methods", "--seeds", "1"], ["methods", "--seeds", "1", "--device", "cpu"]]
+    assert {row.name for row in tables.rows_of("methods", "toy")} == {"vae", *(path.stem for path in ROOT.glob("*.py"))}
