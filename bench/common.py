@@ -1,35 +1,96 @@
-"""What the measures share: folders of samples, the digits they are measured against, results as JSON."""
+"""What the measures share: images of any kind, digits, weights that come with the bench, results as JSON."""
 
+import argparse
+import base64
+import hashlib
+import io
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torchvision import datasets
+from torchvision.transforms.v2.functional import pil_to_tensor
 
-sys.path.append(str(Path(__file__).parent.parent))
-import gan
+ROOT = Path(__file__).parent.parent
+sys.path.append(str(ROOT))
+import gan  # noqa: E402
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm")
+RUN_OPTION = "--run"  # of the scripts
+WEIGHTS = Path(__file__).parent / "weights"  # of the bench's own networks: the same on every machine
 
 
-def read_samples(folder, size=28):
-    """The PNGs of a folder, by name, as uint8 (N, 1, size, size), and their names."""
-    files = sorted(folder.glob("*.png")) if folder.is_dir() else []
-    if not files:
-        sys.exit(f"bench: --samples {folder} is no folder of PNGs: draw some with `python gan.py --sample 10000`")
-    images = []
+def fail(sentence):
+    """End with one sentence for the user."""
+    sys.exit(f"bench: {sentence}")
+
+
+def parse(argv, command, about, options):
+    """The options of a command, which is described by the first paragraph of its module's docstring."""
+    parser = argparse.ArgumentParser(f"python -m bench {command}", description=about.partition("\n\n")[0])
+    parser.error = fail
+    options(parser)
+    return parser.parse_args(argv)
+
+
+def find_device(name):
+    """The device of that name, or the GPU if there is one."""
+    try:
+        return str(torch.zeros(1, device=name or ("cuda" if torch.cuda.is_available() else "cpu")).device)
+    except (RuntimeError, AssertionError) as error:
+        fail(f"--device {name} is not there ({str(error).splitlines()[0]})")
+
+
+# -- images ----------------------------------------------------------------------------------------------------------
+
+
+def find_images(folder, option="--samples"):
+    """{name: file} of all images in a folder and below, by name; a name that is taken has its folder before it."""
+    found = {}
+    for file in sorted(folder.rglob("*")):
+        if file.suffix.lower() in SUFFIXES and file.name[0] != ".":
+            found[str(file.relative_to(folder)) if file.stem in found else file.stem] = file
+    return found or fail(f"{option} {folder} is no folder of images ({', '.join(SUFFIXES)})")
+
+
+def one_size(files):
+    """The size (width, height) that all images have; the first that has another is named."""
+    first = None
     for file in files:
-        try:
-            images.append(np.asarray(Image.open(file).convert("L")))
-        except Exception as error:
-            sys.exit(f"bench: {file} cannot be read as an image ({error})")
-        if images[-1].shape != (size, size):
-            sys.exit(
-                f"bench: {file} has {images[-1].shape[1]}x{images[-1].shape[0]} pixels: {size}x{size} are measured"
-            )
-    return torch.from_numpy(np.stack(images))[:, None], [file.stem for file in files]
+        size = read_image(file).size
+        first = first or size
+        if size != first:
+            fail(f"{file} has {size[0]}x{size[1]} pixels, others have {first[0]}x{first[1]}: give all images one size")
+    return first
+
+
+def read_image(file):
+    """An image as Pillow has it, upright, in RGB; what is transparent is white."""
+    try:
+        with Image.open(file) as opened:
+            image = ImageOps.exif_transpose(opened)
+            if image.mode in ("I", "F"):
+                raise ValueError("its pixels have 32 bits: save it with 8 or 16")
+            if image.mode.startswith("I;16"):
+                image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+            if image.has_transparency_data:
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+            return image.convert("RGB")
+    except Exception as error:  # Pillow raises many kinds
+        fail(f"{file} cannot be read as an image ({error})")
+
+
+def read_samples(folder):
+    """The images of a folder in grey, uint8 (N, 1, 28, 28), and their names."""
+    files = find_images(folder)
+    if (size := one_size(files.values())) != (28, 28):
+        fail(f"{folder} has images of {size[0]}x{size[1]} pixels: 28x28 are measured")
+    return torch.stack([pil_to_tensor(read_image(file).convert("L")) for file in files.values()]), [*files]
 
 
 def read_digits(args, split):
@@ -40,29 +101,65 @@ def read_digits(args, split):
     try:
         data = datasets.MNIST(args.data_root, train=split != "test", download=True)
     except Exception as error:
-        sys.exit(
-            f"bench: MNIST cannot be had: put it below --data-root {args.data_root} as torchvision has it ({error})"
-        )
+        fail(f"MNIST is not below --data-root {args.data_root} and cannot be downloaded ({error})")
     part = {"train": slice(50000), "valid": slice(50000, None), "test": slice(None)}[split]
     return data.data[part, None], data.targets[part]
 
 
-def save_png(path, image):
-    """Write a Pillow image, whole or not at all, and say where it is."""
-    with gan.replacing(path) as file:
-        image.save(file, "PNG", optimize=True)
-    print(f"painted {path}")
+def run_script(script, run, *options):
+    """Let a script use its run folder, in a process of its own; what it refuses is said in its words."""
+    command = [sys.executable, script, RUN_OPTION, run, *options]
+    child = subprocess.run([*map(str, command)], capture_output=True, text=True)
+    if child.returncode:
+        said = child.stderr.strip().splitlines() or [f"{Path(script).name} ended with status {child.returncode}"]
+        sys.exit(said[-1])
+
+
+# -- files -----------------------------------------------------------------------------------------------------------
+
+
+def save(path, data):
+    """Write text or bytes beside `path` first, so that the file is whole or not there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.part")
+    part.write_bytes(data.encode() if isinstance(data, str) else data)
+    os.replace(part, path)
+
+
+def data_uri(image):
+    """A Pillow image as an address that holds it, for pages that need nothing else."""
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 
 def write(args, row):
-    """Print a result in one line, and write it to --out, whole or not at all."""
-    print(
-        ", ".join(
-            f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in row.items()
-        )
-    )
+    """Print a result in one line, and write it to --out."""
+    texts = (f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in row.items())
+    print(", ".join(texts))
     if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        part = args.out.with_name(f"{args.out.name}.part")
-        part.write_text(json.dumps(row, indent=2) + "\n")
-        os.replace(part, args.out)
+        save(args.out, json.dumps(row, indent=2) + "\n")
+
+
+def save_weights(path, net, **facts):
+    """Write the weights of a network in half precision, and what else is to be known of it."""
+    file = io.BytesIO()
+    halves = {name: value.half() if value.is_floating_point() else value for name, value in net.state_dict().items()}
+    torch.save({"weights": halves} | facts, file)
+    save(path, file.getvalue())
+
+
+def read_weights(path):
+    """What `save_weights`, or anyone's torch.save, has written, without running code that the file may hold."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        fail(f"{path} is not there")
+    except Exception:  # torch's own sentences advise to load it unsafely
+        fail(f"{path} holds no weights that are safe to load: give a state dict, as torch.save writes it")
+
+
+def file_hash(path):
+    """The first eight hexadecimal digits of a file's SHA-256, by which rows tell weights apart."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:8]

@@ -1,4 +1,4 @@
-"""Which digits a folder of samples shows, judged by a small convolutional classifier that is trained here once."""
+"""Which digits a folder of samples shows, judged by a small convolutional classifier that comes with the bench."""
 
 from pathlib import Path
 
@@ -6,8 +6,14 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-import gan
-from bench.common import read_digits, read_samples, write
+from bench.common import WEIGHTS, file_hash, parse, read_digits, read_samples, read_weights, save_weights, write
+
+
+def build(channels=1, classes=10):
+    """The classifier's network: images (N, channels, 28, 28) in [0, 1] -> logits (N, classes)."""
+    layers = [nn.Conv2d(channels, 16, 5, padding=2), nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(2)]
+    layers += [nn.Conv2d(16, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten()]
+    return nn.Sequential(*layers, nn.Dropout(0.4), nn.Linear(32 * 49, 128), nn.ReLU(), nn.Linear(128, classes))
 
 
 def classify(net, images):
@@ -16,53 +22,46 @@ def classify(net, images):
         return torch.cat([net(some / 255).argmax(1) for some in images.split(1000)])
 
 
-def build():
-    """The classifier's network: images (N, 1, 28, 28) in [0, 1] -> logits (N, 10)."""
-    layers = [nn.Conv2d(1, 32, 5, padding=2), nn.BatchNorm2d(32), nn.ReLU(), nn.MaxPool2d(2)]
-    layers += [nn.Conv2d(32, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten()]
-    return nn.Sequential(*layers, nn.Dropout(0.4), nn.Linear(64 * 49, 128), nn.ReLU(), nn.Linear(128, 10))
-
-
-def train_classifier(images, labels, epochs=6, seed=0):
-    """A classifier of digits, uint8 (N, 1, 28, 28) -> logits (N, 10), trained with shifts of up to two pixels."""
-    with torch.random.fork_rng([]):
-        torch.manual_seed(seed)
-        net = build()
-        optimiser = torch.optim.Adam(net.parameters(), 2e-3, fused=True)
-        schedule = torch.optim.lr_scheduler.LinearLR(optimiser, 1, 0.01, epochs * -(-len(images) // 128))
-        for _ in range(epochs):
-            for chosen in torch.randperm(len(images)).split(128):
-                shift = torch.randint(-2, 3, (2,)).tolist()
-                loss = F.cross_entropy(net(images[chosen].roll(shift, (2, 3)) / 255), labels[chosen])
-                optimiser.zero_grad()
-                loss.backward()
-                optimiser.step()
-                schedule.step()
+def train(net, images, labels, loss=F.cross_entropy, epochs=6, batch=128):
+    """Train on uint8 images (N, C, 28, 28), shifted by up to two pixels. -> net, ready to be used."""
+    optimiser = torch.optim.Adam(net.parameters(), 2e-3, fused=True)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimiser, 1, 0.01, epochs * -(-len(images) // batch))
+    for _ in range(epochs):
+        for chosen in torch.randperm(len(images)).split(batch):
+            shift = torch.randint(-2, 3, (2,)).tolist()
+            optimiser.zero_grad()
+            loss(net(images[chosen].roll(shift, (2, 3)) / 255), labels[chosen]).backward()
+            optimiser.step()
+            schedule.step()
     return net.eval()
 
 
+def train_classifier(images, labels, epochs=6):
+    """A classifier of digits from uint8 images (N, 1, 28, 28) and labels (N,); it moves no random state."""
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        return train(build(), images, labels, epochs=epochs)
+
+
+def weights(data):
+    """The file of the classifier's weights."""
+    return WEIGHTS / f"digits-{data}.pt"
+
+
 def classifier(args):
-    """The classifier for --data, from --cache if it is there, and its accuracy on the test digits."""
-    path = args.cache / f"classifier-{args.data}.pt"
-    if path.exists():
-        kept, net = torch.load(path, weights_only=True), build()
-        net.load_state_dict(kept["net"])
-        return net.eval(), kept["accuracy"]
-    print(f"training a classifier of {args.data} digits, once", flush=True)
-    net = train_classifier(*read_digits(args, "train"))
-    images, labels = read_digits(args, "test")
-    accuracy = classify(net, images).eq(labels).float().mean().item()
-    with gan.replacing(path) as file:
-        torch.save({"net": net.state_dict(), "accuracy": accuracy}, file)
-    return net, accuracy
+    """The classifier of --data, and its accuracy on the test digits; trained, if its file is not there."""
+    if not weights(args.data).exists():
+        net, (images, labels) = train_classifier(*read_digits(args, "train")), read_digits(args, "test")
+        save_weights(weights(args.data), net, accuracy=classify(net, images).eq(labels).float().mean().item())
+    kept, net = read_weights(weights(args.data)), build()
+    net.load_state_dict(kept["weights"])
+    return net.eval(), kept["accuracy"]
 
 
 def options(parser):
-    """What the measures of digits take."""
-    parser.add_argument("--samples", type=Path, required=True, help="folder of PNGs")
+    """What it takes."""
+    parser.add_argument("--samples", type=Path, required=True, help="folder of images, 28x28 pixels")
     parser.add_argument("--data", choices=("toy", "mnist"), default="toy", help="what they should look like")
-    parser.add_argument("--data-root", type=Path, default=Path("data"), help="where MNIST lies, or goes to")
-    parser.add_argument("--cache", type=Path, default=Path("data"), help="where the trained classifier is kept")
     parser.add_argument("--out", type=Path, help="JSON file for the result")
 
 
@@ -76,14 +75,15 @@ def measure(args):
     seen = classify(net, images)
     share = (torch.bincount(seen, minlength=10) / len(seen)).tolist()
     row = {"measure": "digits", "data": args.data, "n_samples": len(seen), "classifier_accuracy": accuracy}
-    row |= {"share": [round(value, 4) for value in share], "missing": [i for i in range(10) if not share[i]]}
-    row["uneven"] = sum(abs(value - 0.1) for value in share) / 2
-    if all(name.rpartition("-")[2].isdigit() and "-" in name for name in names):
-        asked = torch.tensor([int(name.rpartition("-")[2]) for name in names])
-        row["as_asked"] = seen.eq(asked).float().mean().item()
+    row |= {"weights": file_hash(weights(args.data)), "share": [round(value, 4) for value in share]}
+    row |= {"missing": [i for i in range(10) if not share[i]], "uneven": sum(abs(s - 0.1) for s in share) / 2}
+    asked = [name.rpartition("-")[2] for name in names if "-" in name]
+    if len(asked) == len(names) and all(label.isdigit() for label in asked):
+        row["as_asked"] = seen.eq(torch.tensor([int(label) for label in asked])).float().mean().item()
     return row
 
 
-def run(args):
+def main(argv=None):
     """Print which digits --samples show."""
+    args = parse(argv, "digits", __doc__, options)
     write(args, measure(args))

@@ -1,32 +1,33 @@
 """What a trained dcgan.py has learned, after Radford et al. (2016): guided back-propagation, forgetting, a probe."""
 
 import argparse
+import io
 import json
-import sys
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from matplotlib.figure import Figure
 from torch import nn
 from torch.nn import functional as F
-from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
-from torchvision.utils import make_grid
+from torchvision.utils import draw_bounding_boxes, make_grid
 
 import dcgan
 from bench import linear
-from bench.common import read_digits, save_png, write
+from bench.common import fail, parse, read_digits, read_weights, save, write
 
 
 def load(run, seed):
     """A run's settings, its G and D with running averages, and a D of the same shape with random weights."""
-    args = dcgan.get_args(["--run", str(run), "--seed", str(seed), "--device", "cpu", "--precision", "fp32"])
-    checkpoint = dcgan.read_checkpoint(run / "last.pt", "cpu")
-    with dcgan.blame(f"{run / 'last.pt'} is damaged"):
-        args = argparse.Namespace(**vars(args) | checkpoint["settings"])
+    checkpoint = read_weights(run / "last.pt")
+    try:
+        known = vars(dcgan.get_args(["--device", "cpu", "--precision", "fp32"]))
+        args = argparse.Namespace(**known | checkpoint["settings"])
         trained = dcgan.build(args)
         for name in "GD":
             trained[name].load_state_dict(checkpoint[name])
-    random = dcgan.build(argparse.Namespace(**vars(args) | {"seed": args.seed + 1}))["D"]
+    except (KeyError, RuntimeError):
+        fail(f"--run {run} is no run of dcgan.py")
+    random = dcgan.build(argparse.Namespace(**vars(args) | {"seed": seed + 1}))["D"]
     return args, trained["G"].eval(), trained["D"].eval(), random
 
 
@@ -60,24 +61,20 @@ def hidden(D, x, guided=False):
     return found
 
 
-def labelled(text, images, across):
-    """Images (N, C, S, S) in [0, 1] as a sheet of about 900 pixels, `across` in a row, under a line of text."""
-    grid = to_pil_image(make_grid(images, across, pad_value=0.5))
-    times = max(1, 900 // grid.width)
-    grid = grid.resize((grid.width * times, grid.height * times), Image.Resampling.NEAREST)
-    sheet = Image.new("RGB", (grid.width, grid.height + 24), "white")
-    ImageDraw.Draw(sheet).text((4, 4), text, "black", ImageFont.load_default(14))
-    sheet.paste(grid, (0, 24))
-    return sheet
-
-
-def stacked(sheets):
-    """Sheets below each other."""
-    width, height = max(sheet.width for sheet in sheets), sum(sheet.height for sheet in sheets)
-    image = Image.new("RGB", (width, height), "white")
-    for i, sheet in enumerate(sheets):
-        image.paste(sheet, (0, sum(above.height for above in sheets[:i])))
-    return image
+def paint(path, parts):
+    """Sheets below each other: for each title the images (N, C, S, S) in [0, 1], and how many are in a row."""
+    grids = [make_grid(images, across, pad_value=0.5) for images, across in parts.values()]
+    heights = [grid.shape[1] / grid.shape[2] for grid in grids]
+    figure = Figure((9, sum(9 * height + 0.4 for height in heights)), layout="tight")
+    panels = figure.subplots(len(grids), height_ratios=heights, squeeze=False)[:, 0]
+    for axes, title, grid in zip(panels, parts, grids):
+        axes.imshow(grid.permute(1, 2, 0).numpy(), interpolation="nearest")
+        axes.set_title(title, loc="left", fontsize=10)
+        axes.axis("off")
+    file = io.BytesIO()
+    figure.savefig(file, dpi=100)
+    save(path, file.getvalue())
+    print(f"painted {path}")
 
 
 # -- guided back-propagation (Sec. 6.1, Fig. 5; Springenberg et al., arXiv:1412.6806) -------------------------------
@@ -107,14 +104,12 @@ def exciting(D, x, filters=6, count=6):
     return torch.cat(pairs)
 
 
-def paint_guided(path, D, random, x):
-    """Fig. 5: a row a filter, pairs of image and gradient, of the trained D and below of the random one."""
-    text = "D: six filters of the last convolution with features, what excites them most and why"
-    sheets = [labelled(f"{name} {text}", exciting(net, x), 12) for name, net in (("trained", D), ("random", random))]
-    save_png(path, stacked(sheets))
-
-
 # -- forgetting (Sec. 6.3.2, Fig. 6) --------------------------------------------------------------------------------
+
+
+def codes(nz, seed, count):
+    """z (count, nz), uniform in [-1, 1]; the first ones are those of a smaller count."""
+    return 2 * torch.rand(count, nz, generator=torch.Generator().manual_seed(seed)) - 1
 
 
 def maps_of(G, z):
@@ -122,26 +117,23 @@ def maps_of(G, z):
     return G.layers[:-5](z[:, :, None, None])  # above are a convolution, norm and ReLU; a convolution and tanh
 
 
-def redraw(G, maps, dropped):
-    """Images, uint8 (N, C, S, S), from features of which the maps that are `dropped`, bool (maps,), are zero."""
-    x = G.layers[-5:](maps * ~dropped[:, None, None])
+@torch.no_grad()
+def redraw(G, z, dropped):
+    """Samples of z, uint8 (N, C, S, S), from features of which the maps that are `dropped`, bool (maps,), are zero."""
+    x = G.layers[-5:](maps_of(G, z) * ~dropped[:, None, None])
     return (x * 127.5 + 127.5).round().byte()
 
 
 def read_boxes(path, size):
     """{number of a sample: [[left, top, right, bottom], ...]} in pixels, from a JSON file."""
     try:
-        boxes = {int(number): found for number, found in json.loads(path.read_text()).items()}
-        for number, found in boxes.items():
-            for left, top, right, bottom in found:
-                whole = all(isinstance(edge, int) for edge in (left, top, right, bottom))
-                if not (whole and 0 <= left < right <= size and 0 <= top < bottom <= size):
-                    raise ValueError(f"sample {number} has the box {[left, top, right, bottom]}")
-        if not any(boxes.values()) or min(boxes) < 0 or max(boxes) >= 100000:
-            raise ValueError("it needs a box, and numbers of samples from 0 to 99999")
-    except Exception as error:
+        boxes = {int(number): found for number, found in json.loads(path.read_text()).items() if found}
+        left, top, right, bottom = torch.tensor([box for found in boxes.values() for box in found]).T
+        if min(*left, *top) < 0 or max(*right, *bottom) > size or min(*(right - left), *(bottom - top)) < 1:
+            raise ValueError("a box has no pixels, or reaches beyond")
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         form = '{"3": [[left, top, right, bottom], ...], ...}'
-        sys.exit(f"bench: --boxes {path}: give JSON like {form} with whole pixels from 0 to {size} ({error})")
+        fail(f"--boxes {path}: give JSON like {form}, in pixels from 0 to {size} ({error})")
     return boxes
 
 
@@ -168,62 +160,30 @@ def find_maps(maps, marks, seed=0):
 
 def outlined(images, boxes):
     """uint8 images (N, C, S, S), four times as large, with their boxes in red. -> (N, 3, 4 * S, 4 * S) in [0, 1]."""
-    cells = []
-    for image, found in zip(images.repeat_interleave(4, 2).repeat_interleave(4, 3), boxes):
-        cell = to_pil_image(image).convert("RGB")
-        for left, top, right, bottom in found:
-            ImageDraw.Draw(cell).rectangle([4 * left, 4 * top, 4 * right - 1, 4 * bottom - 1], outline="red")
-        cells.append(pil_to_tensor(cell))
-    return torch.stack(cells) / 255
-
-
-@torch.no_grad()
-def redrawn(G, z, dropped):
-    """Samples of z before and after maps are dropped, uint8 (N, C, S, S)."""
-    maps = maps_of(G, z)
-    return redraw(G, maps, torch.zeros_like(dropped)), redraw(G, maps, dropped)
+    large = images.repeat_interleave(4, 2).repeat_interleave(4, 3).expand(-1, 3, -1, -1)
+    edges = [4 * torch.tensor(found) - torch.tensor([0, 0, 1, 1]) for found in boxes]  # the last pixels are in the box
+    return torch.stack([draw_bounding_boxes(*pair, colors="red") for pair in zip(large, edges)]) / 255
 
 
 def paint_forgotten(path, args, G, boxes, seed):
     """Fig. 6: ten samples with boxes, without the maps found in these; below, the same for ten that nobody marked."""
-    numbers, found = list(boxes), list(boxes.values())
-    z = dcgan.codes(args, seed, max(numbers) + 1)[numbers]
+    z = codes(args.nz, seed, max(boxes) + 1)[[*boxes]]
     with torch.no_grad():
         maps = maps_of(G, z)
-    marks = torch.stack([inside(some, args.size, maps.shape[3]) for some in found])
-    if not marks.any():
-        every = args.size // maps.shape[3]
-        sys.exit(
-            f"bench: no box holds the middle of a feature: there is one every {every} pixels, from {every // 2} on"
-        )
-    pixels = torch.stack([inside(some, args.size, args.size) for some in found])
-    if pixels.all():
-        sys.exit("bench: --boxes cover all of the marked samples: leave something beside them")
+    marks = torch.stack([inside(found, args.size, maps.shape[3]) for found in boxes.values()])
+    pixels = torch.stack([inside(found, args.size, args.size) for found in boxes.values()])
+    if not marks.any() or pixels.all():
+        fail(f"--boxes: mark {args.size // maps.shape[3]} pixels or more a side, and leave something beside them")
     dropped = find_maps(maps, marks, seed)
-    before, after = redrawn(G, z, dropped)
+    nothing, count = torch.zeros_like(dropped), f"{int(dropped.sum())} of {len(dropped)} maps"
+    before, after = redraw(G, z, nothing), redraw(G, z, dropped)
     change = (after.float() - before).abs().mean(1)
-    count = f"{int(dropped.sum())} of {len(dropped)} maps"
-    print(
-        f"without {count} pixels change by {change[pixels].mean():.1f} of 255 in the boxes, "
-        f"{change[~pixels].mean():.1f} beside"
-    )
-    shown = [i for i, some in enumerate(found) if some][:10]
-    old = torch.cat([outlined(before[shown], [found[i] for i in shown]), outlined(after[shown], [[]] * 10)])
-    new = torch.cat([outlined(images, [[]] * 10) for images in redrawn(G, dcgan.codes(args, [seed, 3], 10), dropped)])
-    sheets = [labelled(f"marked samples, and without {count}", old, len(shown)), labelled("new samples", new, 10)]
-    save_png(path, stacked(sheets))
-
-
-def paint_numbered(path, args, G, seed):
-    """The first 100 samples with the numbers of dcgan.py's own sheet, large enough to draw boxes on."""
-    times = max(1, 112 // args.size)
-    images = dcgan.draw(args, G, dcgan.codes(args, seed, 100))
-    dcgan.paint(path, dcgan.numbered(images.repeat_interleave(times, 2).repeat_interleave(times, 3)))
-    print(
-        f"painted {path}: to forget what boxes hold, write JSON like "
-        f'{{"3": [[left, top, right, bottom], ...], ...}} for samples by number, in pixels of {args.size}x{args.size} '
-        f"(the sheet has each {times} times as large), and give it as --boxes"
-    )
+    print(f"without {count} pixels change by {change[pixels].mean():.1f} of 255 in the boxes, ", end="")
+    print(f"{change[~pixels].mean():.1f} beside")
+    new, shown = codes(args.nz, seed + 1, 10), min(10, len(z))
+    old = torch.cat([outlined(before[:10], boxes.values()), outlined(after[:10], boxes.values())])
+    fresh = torch.cat([redraw(G, new, nothing), redraw(G, new, dropped)]) / 255
+    paint(path, {f"marked samples, and without {count}": (old, shown), "new samples": (fresh, 10)})
 
 
 # -- the probe (Sec. 5) ---------------------------------------------------------------------------------------------
@@ -236,18 +196,16 @@ def pooled(D, x):
     return torch.cat([torch.cat(row, 1) for row in rows])
 
 
-def probe(args, nets, x, labels, few=100, repeats=10):
-    """Write the accuracy of linear SVMs on features of `nets` and on pixels, with all labels and `few` a class."""
-    row = {"measure": "probe", "run": args.folder.name, "data": args.data, "few_per_class": few, "repeats": repeats}
-    row |= {f"n_{split}": len(found) for split, found in labels.items()}
-    kinds = {name: lambda images, D=D: pooled(D, images) for name, D in nets.items()}
-    for name, see in (kinds | {"pixels": lambda images: images.flatten(1)}).items():
-        features = {split: see(images) for split, images in x.items()}
+def probe(nets, x, labels, few=100, repeats=10):
+    """Accuracies of linear SVMs on features of `nets` and on pixels, with all labels and `few` a class, as a row."""
+    row = {"few_per_class": few, "repeats": repeats} | {f"n_{split}": len(found) for split, found in labels.items()}
+    for name in (*nets, "pixels"):
+        features = {split: pooled(nets[name], some) if name in nets else some.flatten(1) for split, some in x.items()}
         mean, _, cost = linear.probe(features, labels, [torch.arange(len(labels["train"]))])
         row |= {f"features_{name}": features["test"].shape[1], f"accuracy_{name}": mean, f"cost_{name}": cost}
         mean, deviation, cost = linear.probe(features, labels, linear.subsets(labels["train"], few, repeats))
         row |= {f"few_accuracy_{name}": mean, f"few_deviation_{name}": deviation, f"few_cost_{name}": cost}
-    write(args, row)
+    return row
 
 
 def options(parser):
@@ -256,29 +214,29 @@ def options(parser):
     parser.add_argument("--data", choices=("toy", "mnist"), help="labelled digits (those of the run)")
     parser.add_argument("--data-root", type=Path, default=Path("data"), help="where MNIST lies, or goes to")
     parser.add_argument("--boxes", type=Path, help="JSON file of boxes on samples, by number, whose content to forget")
-    parser.add_argument("--seed", type=int, default=0, help="of the samples, as in dcgan.py")
+    parser.add_argument("--seed", type=int, default=0, help="of the samples")
     parser.add_argument("--to", type=Path, default=Path("runs", "figures"), help="folder for the PNGs")
     parser.add_argument("--out", type=Path, help="JSON file for the result")
 
 
-def run(args):
+def main(argv=None):
     """Paint --to/dcgan-guided.png and -forget.png, or -numbered.png to draw boxes on; print the probe of D."""
+    args = parse(argv, "figures dcgan", __doc__, options)
     settings, G, D, random = load(args.folder, args.seed)
     if args.boxes:
-        boxes = read_boxes(args.boxes, settings.size)
-        paint_forgotten(args.to / "dcgan-forget.png", settings, G, boxes, args.seed)
+        paint_forgotten(args.to / "dcgan-forget.png", settings, G, read_boxes(args.boxes, settings.size), args.seed)
     else:
-        paint_numbered(args.to / "dcgan-numbered.png", settings, G, args.seed)
+        images = redraw(G, codes(settings.nz, args.seed, 100), torch.zeros(len(G.layers[-5].weight), dtype=torch.bool))
+        paint(args.to / "dcgan-numbered.png", {"samples 0 to 99, ten in a row, for --boxes": (images / 255, 10)})
     args.data = args.data or settings.data
-    if args.data not in ("toy", "mnist"):
-        sys.exit(f"bench: {args.folder} learned from {args.data}, which has no labels here: give --data toy or mnist")
-    if (settings.channels, settings.size) != (1, 28):
-        shape = f"{settings.size}x{settings.size} pixels and {settings.channels} channels"
-        sys.exit(
-            f"bench: {args.folder} is of {shape}: the digits for guided back-propagation and probe have 28x28 and 1"
-        )
+    if args.data not in ("toy", "mnist") or (settings.channels, settings.size) != (1, 28):
+        fail(f"--run {args.folder} is not of grey images of 28x28 pixels: there are no labels to probe it with")
     digits = {split: read_digits(args, split) for split in ("train", "valid", "test")}
-    x = {split: images / 127.5 - 1 for split, (images, _) in digits.items()}
-    random = average(random, x["train"])
-    paint_guided(args.to / "dcgan-guided.png", D, random, x["test"])
-    probe(args, {"trained": D, "random": random}, x, {split: labels for split, (_, labels) in digits.items()})
+    x, labels = {}, {}
+    for split, (images, labels[split]) in digits.items():
+        x[split] = images / 127.5 - 1
+    nets = {"trained": D, "random": average(random, x["train"])}
+    text = "D: six filters of the last convolution with features, what excites them most and why"
+    sheets = {f"{name} {text}": (exciting(net, x["test"]), 12) for name, net in nets.items()}
+    paint(args.to / "dcgan-guided.png", sheets)
+    write(args, {"measure": "probe", "run": args.folder.name, "data": args.data} | probe(nets, x, labels))

@@ -5,14 +5,15 @@ Data (dotted) are drawn from a Gaussian, G (solid) from z on the lower line, whi
 p_data / (p_data + p_g); (c) G has followed its slope; (d) both have learned until D is 1/2 and neither can improve.
 """
 
+import io
 import math
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from matplotlib.figure import Figure
 
 import gan
-from bench.common import save_png
+from bench.common import parse, save
 
 MEAN, WIDTH = 0.62, 0.1  # of the data; x lies in [0, 1]
 SETTINGS = "--size 1 --nz 1 --ngf 64 --ndf 32 --k 5 --batch-size 256 --optimiser adam --lr 1e-3"
@@ -22,7 +23,6 @@ MOMENTS = {  # what each panel adds: updates, and the rates of G and D, which fa
     "(c) G follows D": (15, 1e-3, 3e-3),
     "(d) both have learned": (1800, 1e-3, 3e-3),
 }
-SCALE = 4  # drawn so much larger, then reduced: smooth lines
 
 
 def begin(args):
@@ -65,43 +65,23 @@ def look(state, grid):
     return x, data, density(x, grid), state["D"](grid.view(-1, 1, 1, 1)).sigmoid()
 
 
-def line(pen, points, fill, dash=None):
-    """A curve through `points`, whole or, with `dash` = (drawn, left out) in pixels, broken."""
-    if not dash:
-        return pen.line(points, fill, 2 * SCALE, joint="curve")
-    way, (drawn, gap) = 0.0, (SCALE * length for length in dash)
-    for start, end in zip(points, points[1:]):
-        if way % (drawn + gap) < drawn:
-            pen.line([start, end], fill, 2 * SCALE)
-        way += math.dist(start, end)
-
-
-def panel(caption, x, data, ours, D, wide=250, high=270):
-    """One moment: p_data dotted, p_g solid, D dashed; below it where G takes 17 evenly spaced z."""
-    image = Image.new("RGB", (wide * SCALE, high * SCALE), "white")
-    pen, font = ImageDraw.Draw(image), ImageFont.load_default(13 * SCALE)
-    floor, top, low, left, right = (SCALE * place for place in (185, 40, 240, 10, wide - 10))
-    across = torch.linspace(left, right, len(D)).tolist()
+def panel(axes, caption, x, grid, data, ours, D):
+    """One moment: p_data dotted, p_g solid, D dashed; below them where G takes 17 evenly spaced z."""
     highest = max(7.0, ours.max().item())
-    pen.line([left, (floor + top) / 2, right, (floor + top) / 2], "#dddddd", SCALE)  # D = 1/2
-    for values, fill, dash in (
-        (D, "#1f4fd8", (6, 4)),
-        (data / highest, "black", (2, 3)),
-        (ours / highest, "#12872b", None),
-    ):
-        line(pen, list(zip(across, (floor - (floor - top) * values).tolist())), fill, dash)
-    for height, name in ((floor, "x"), (low, "z")):
-        pen.line([left, height, right, height], "black", SCALE)
-        pen.text((right - 8 * SCALE, height + SCALE), name, "black", font)
+    axes.axhline(0.5, color="#dddddd", linewidth=1)  # D = 1/2
+    axes.plot(grid, D, "--", color="#1f4fd8")
+    axes.plot(grid, data / highest, ":", color="black")
+    axes.plot(grid, ours / highest, color="#12872b")
+    for height, name in ((0, "x"), (-0.35, "z")):
+        axes.axhline(height, color="black", linewidth=1)
+        axes.text(0.97, height - 0.09, name)
+    arrow = {"arrowstyle": "->", "linewidth": 0.7, "shrinkA": 0, "shrinkB": 0}
     z = torch.linspace(0.12, 0.88, len(x))
     for i in range(0, len(x), len(x) // 16):
-        start, end = ((left + (right - left) * at[i].item()) for at in (z, x))
-        pen.line([start, low, end, floor], "black", SCALE)
-        turn = math.atan2(floor - low, end - start)
-        for side in (turn - 0.35, turn + 0.35):
-            pen.line([end, floor, end - 7 * SCALE * math.cos(side), floor - 7 * SCALE * math.sin(side)], "black", SCALE)
-    pen.text((left, 6 * SCALE), caption, "black", font)
-    return image.resize((wide, high), Image.Resampling.LANCZOS)
+        axes.annotate("", (x[i], 0), (z[i], -0.35), arrowprops=arrow)
+    axes.set(xlim=(0, 1), ylim=(-0.5, 1.1))
+    axes.set_title(caption, fontsize=9, loc="left")
+    axes.axis("off")
 
 
 def options(parser):
@@ -110,22 +90,22 @@ def options(parser):
     parser.add_argument("--to", type=Path, default=Path("runs", "figures"), help="folder for the PNG")
 
 
-def run(args):
+def main(argv=None):
     """Train from --seed and paint --to/gan-1d.png; print how far G's density and D are from where they should be."""
+    args = parse(argv, "figures gan", __doc__, options)
     settings = gan.get_args([*SETTINGS.split(), "--seed", str(args.seed), "--device", "cpu", "--precision", "fp32"])
-    state, grid, panels = begin(settings), torch.linspace(0, 1, 1001), []
+    state, grid = begin(settings), torch.linspace(0, 1, 1001)
     step = gan.make_step(settings, state)
-    for caption, (count, rate_G, rate_D) in MOMENTS.items():
+    figure = Figure((2.5 * len(MOMENTS), 2.7), layout="tight")
+    for i, (caption, (count, rate_G, rate_D)) in enumerate(MOMENTS.items(), 1):
         learn(state, step, settings.k * settings.batch_size, count, rate_G, rate_D, caption.startswith("(d)"))
         x, data, ours, D = look(state, grid)
         near = (grid - MEAN).abs() < 2 * WIDTH
         half, best = (D - 0.5).abs()[near].mean(), (D - data / (data + ours)).abs()[near].mean()
-        print(
-            f"{caption}: G's mean {x.mean():.3f} ({MEAN}), std {x.std():.3f} ({WIDTH}), distance {distance(x):.4f}; "
-            f"where the data lie mean |D - 1/2| {half:.3f}, |D - D*| {best:.3f}"
-        )
-        panels.append(panel(caption, x, data, ours, D))
-    sheet = Image.new("RGB", (sum(image.width for image in panels), panels[0].height), "white")
-    for i, image in enumerate(panels):
-        sheet.paste(image, (i * image.width, 0))
-    save_png(args.to / "gan-1d.png", sheet)
+        print(f"{caption}: G's mean {x.mean():.3f} ({MEAN}), std {x.std():.3f} ({WIDTH}), distance {distance(x):.4f}")
+        print(f"    where the data lie mean |D - 1/2| {half:.3f}, |D - D*| {best:.3f}")
+        panel(figure.add_subplot(1, len(MOMENTS), i), caption, x, grid, data, ours, D)
+    file = io.BytesIO()
+    figure.savefig(file, dpi=100)
+    save(args.to / "gan-1d.png", file.getvalue())
+    print(f"painted {args.to}/gan-1d.png")

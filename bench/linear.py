@@ -60,14 +60,11 @@ def probe(features, labels, chosen):
     scale = features["train"].square().mean().sqrt()
     x = {split: found / scale for split, found in features.items()}
     targets = 2.0 * F.one_hot(labels["train"]) - 1
-    models = {cost: [fit(x["train"][some], targets[some], squared_hinge, cost) for some in chosen] for cost in COSTS}
-    scores = {
-        split: {
-            cost: torch.tensor([accuracy(model, x[split], labels[split]) for model in found], dtype=torch.float64)
-            for cost, found in models.items()
-        }
-        for split in ("valid", "test")
-    }
-    cost = max(COSTS, key=lambda cost: scores["valid"][cost].mean())
-    test = scores["test"][cost]
+    scores = {}  # of a cost: those of each subset, for "valid" and for "test"
+    for cost in COSTS:
+        models = [fit(x["train"][some], targets[some], squared_hinge, cost) for some in chosen]
+        both = [[accuracy(model, x[split], labels[split]) for model in models] for split in ("valid", "test")]
+        scores[cost] = torch.tensor(both, dtype=torch.float64)
+    cost = max(COSTS, key=lambda cost: scores[cost][0].mean())
+    test = scores[cost][1]
     return test.mean().item(), test.std(correction=0).item(), cost

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from bench.common import read_digits, read_samples, write
+from bench.common import parse, read_digits, read_samples, write
 
 WIDTHS = torch.logspace(-1, 0, 10).tolist()
 
@@ -49,7 +49,7 @@ def reference(data, data_root, count):
 
 def options(parser):
     """What it takes."""
-    parser.add_argument("--samples", type=Path, required=True, help="folder of PNGs")
+    parser.add_argument("--samples", type=Path, required=True, help="folder of images, 28x28 pixels")
     parser.add_argument("--data", choices=("toy", "mnist"), default="toy", help="what they should look like")
     parser.add_argument("--data-root", type=Path, default=Path("data"), help="where MNIST lies, or goes to")
     parser.add_argument("--out", type=Path, help="JSON file for the result")
@@ -66,8 +66,9 @@ def measure(args):
     return row | {"log_likelihood_of_training_images": mean, "sigma_of_training_images": sigma}
 
 
-def run(args):
+def main(argv=None):
     """Print the log-likelihood of --samples, and beside it that of as many training images."""
+    args = parse(argv, "parzen", __doc__, options)
     row = measure(args)
     if row["n_samples"] < 10000:
         print(f"the protocol takes 10000 samples, here are {row['n_samples']}: expect a lower number")
