@@ -1,0 +1,174 @@
+"""The perceptual study of Isola et al. (2017, Sec. 4): a page that asks people which of two images is generated.
+
+    python -m bench study --real photos --fake runs/pix2pix-maps/test --study "map to photo" --method pix2pix.py
+    python -m bench study --results anna.json ben.json
+
+A real and a generated image are shown side by side for one second; then one says which was generated. Ten pairs are
+for practice and tell what was right; forty are counted. In the end the page saves a JSON file, which `python -m bench
+report` tables, if it lies in bench/results, beside the papers' numbers. Its keys:
+
+    measure   "study"
+    study     what is translated, such as "map to photo"
+    method    whose images were shown
+    trials    the number of counted pairs
+    answers   for each of them whether one was fooled: the real image was taken for the generated one
+    fooled    how often that happened
+    share     fooled / trials
+    low, high the ends of Wilson's 95 % interval of a binomial share
+"""
+
+import json
+import math
+import random
+from pathlib import Path
+
+from PIL import Image
+
+from bench import fcn
+from bench.common import data_uri, fail, parse, read_image, save
+
+PRACTICE, TRIALS = 10, 40
+PAGE = """<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>Which image is generated?</title><style>
+body { font: 18px/1.5 system-ui, sans-serif; max-width: 50rem; margin: 2rem auto; text-align: center; }
+#pair { display: flex; justify-content: center; gap: 2rem; min-height: 20rem; }
+#pair img { width: 20rem; height: 20rem; object-fit: contain; image-rendering: pixelated; }
+button { font: inherit; padding: .6rem 2rem; margin: .5rem; }
+</style></head><body><h1>Which image is generated?</h1>
+<p id="text">Two images are shown for one second: a real one, and one that a computer made. Then say which one the
+computer made. The first PRACTICE pairs are for practice; TRIALS pairs follow.</p>
+<div id="pair"></div><div id="buttons"><button id="start">Start</button></div>
+<script>
+const study = STUDY, element = id => document.getElementById(id), answers = [];
+const shuffled = list => list.map(item => [Math.random(), item]).sort((a, b) => a[0] - b[0]).map(pair => pair[1]);
+const wait = milliseconds => new Promise(done => setTimeout(done, milliseconds));
+
+function shareFooled(answers) {  // the same as share_fooled in bench/study.py
+  const n = answers.length, share = answers.filter(Boolean).length / n, z = 1.959963984540054;
+  const middle = (share + z * z / (2 * n)) / (1 + z * z / n);
+  const half = z / (1 + z * z / n) * Math.sqrt(share * (1 - share) / n + z * z / (4 * n * n));
+  return [share, middle - half, middle + half];
+}
+
+async function ask(pair) {  // whether the real image is taken for the generated one
+  const images = shuffled([0, 1]).map(kind => {
+    const image = new Image();
+    image.src = pair[kind];
+    image.alt = "";
+    return [kind, image];
+  });
+  await Promise.all(images.map(([, image]) => image.decode()));
+  element("buttons").replaceChildren();
+  element("pair").replaceChildren(...images.map(([, image]) => image));
+  await wait(1000);
+  element("pair").replaceChildren();
+  return new Promise(done => element("buttons").replaceChildren(...["Left", "Right"].map((name, side) => {
+    const button = document.createElement("button");
+    button.textContent = name + " was generated";
+    button.onclick = () => done(images[side][0] === 0);
+    return button;
+  })));
+}
+
+async function run() {
+  for (const [i, pair] of shuffled(study.pairs).entries()) {
+    const practice = i < study.practice, number = practice ? i + 1 : i + 1 - study.practice;
+    element("text").textContent = (practice ? "Practice " : "Pair ") + number;
+    const fooled = await ask(pair);
+    if (practice) {
+      element("text").textContent = fooled ? "No, that was the real one." : "Right.";
+      element("buttons").replaceChildren();
+      await wait(1000);
+    } else answers.push(fooled);
+  }
+  const [share, low, high] = shareFooled(answers), fooled = answers.filter(Boolean).length;
+  const result = {measure: "study", study: study.study, method: study.method, trials: answers.length, fooled, share,
+    low, high, answers};
+  const percent = number => (100 * number).toFixed(1) + " %";
+  element("text").textContent = `You took ${fooled} of ${answers.length} images for real: ${percent(share)}, ` +
+    `95 % interval ${percent(low)} to ${percent(high)}. Please save the result and send it back.`;
+  const link = document.createElement("a");
+  link.id = "result";
+  link.textContent = "Save the result";
+  link.download = "study-" + study.method.replace(/\\W+/g, "-") + "-" + Date.now() + ".json";
+  link.href = "data:application/json," + encodeURIComponent(JSON.stringify(result, null, 2) + "\\n");
+  element("buttons").replaceChildren(link);
+}
+element("start").onclick = run;
+</script></body></html>
+"""
+
+
+def share_fooled(answers):
+    """The share of true answers, and the ends of Wilson's 95 % interval of a binomial share. -> share, low, high."""
+    n, z = len(answers), 1.959963984540054
+    share = sum(answers) / n
+    middle = (share + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z / (1 + z**2 / n) * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
+    return share, middle - half, middle + half
+
+
+def read_result(path):
+    """What the page has saved, if its numbers are those of its answers."""
+    try:
+        result = json.loads(path.read_text("utf-8"))
+        counts = len(result["answers"]), sum(result["answers"])
+        expected = [*counts, *share_fooled(result["answers"])]
+        found = [result[name] for name in ("trials", "fooled", "share", "low", "high")]
+        right = all(math.isclose(a, b, abs_tol=1e-9) for a, b in zip(found, expected))
+    except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError) as error:
+        fail(f"--results {path} is no result of a study ({type(error).__name__}: {error})")
+    return result if right else fail(f"--results {path}: its share and interval are not those of its answers")
+
+
+def pick_pairs(real, fake, count, seed):
+    """Files of a real and a generated image for each pair: of one name, if all are, else at random."""
+    partners = sorted(real.keys() & fake.keys())
+    if len(partners) < len(fake):
+        print("the names of real and generated images differ: pairs are made at random")
+        partners = [None] * min(len(real), len(fake))
+    if len(partners) < count:
+        fail(f"--real and --fake have {len(partners)} pairs of images: {count} are shown")
+    rng = random.Random(seed)
+    if partners[0] is None:
+        return [*zip(rng.sample([*real.values()], count), rng.sample([*fake.values()], count))]
+    return [(real[name], fake[name]) for name in rng.sample(partners, count)]
+
+
+def make_page(pairs, study, method):
+    """The page as text, with all images in it; a real image is resized to the size of its partner."""
+    shown = []
+    for real, fake in pairs:
+        image = read_image(fake)
+        shown.append([data_uri(read_image(real).resize(image.size, Image.Resampling.BICUBIC)), data_uri(image)])
+    about = {"study": study, "method": method, "practice": PRACTICE, "pairs": shown}
+    text = PAGE.replace("PRACTICE", str(PRACTICE)).replace("TRIALS", str(TRIALS))
+    return text.replace("STUDY", json.dumps(about).replace("<", "\\u003c"), 1)
+
+
+def options(parser):
+    """What it takes."""
+    add = parser.add_argument
+    add("--real", type=Path, help="folder of real images")
+    add("--fake", type=Path, help="folder of generated images; those of the same name are their partners")
+    add("--study", default="", help='what is translated, such as "map to photo" or "photo to map"')
+    add("--method", help="whose images they are (the name of the folder --fake)")
+    add("--seed", type=int, default=0, help="of the choice of 50 pairs")
+    add("--out", type=Path, default=Path("runs", "study.html"), help="the page")
+    add("--results", type=Path, nargs="+", metavar="FILE", help="what the page has saved: print each, and all together")
+
+
+def main(argv=None):
+    """Write the page, or print what people answered."""
+    args = parse(argv, "study", __doc__, options)
+    if args.results:
+        results = [read_result(path) for path in args.results]
+        answers = {path.name: result["answers"] for path, result in zip(args.results, results)}
+        for name, some in {**answers, "all together": sum(answers.values(), [])}.items():
+            print("{}: {} of {}, {:.1%} ({:.1%} to {:.1%})".format(name, sum(some), len(some), *share_fooled(some)))
+        return
+    if not args.real or not args.fake:
+        fail("give --real and --fake, two folders of images, or --results")
+    real, fake = fcn.find_images(args.real, "--real"), fcn.find_images(args.fake, "--fake")
+    pairs = pick_pairs(real, fake, PRACTICE + TRIALS, args.seed)
+    save(args.out, make_page(pairs, args.study, args.method or args.fake.resolve().name))
+    print(f"wrote {args.out}: open it in a browser; each person saves a JSON file at its end")
