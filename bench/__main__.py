@@ -1,4 +1,4 @@
-"""python -m bench COMMAND: methods and folders of images, measured. COMMAND --help has the options.
+"""Methods and folders of images, measured. Each command has its options: python -m bench tables --help
 
 python -m bench                                                       # every method on its toy set, in one table
 python -m bench tables losses --seeds 3                               # the papers' experiments, ours beside theirs
@@ -20,7 +20,7 @@ import importlib
 import re
 import sys
 
-COMMANDS = [name.replace(" ", "_") for name in re.findall(r"python -m bench (figures \w+|\w+)", __doc__)]
+COMMANDS = re.findall(r"^python -m bench (figures \w+|\w+)", __doc__, re.MULTILINE)
 
 
 def main(argv=None):
@@ -31,12 +31,12 @@ def main(argv=None):
         return
     if not argv or argv[0].startswith("-"):
         argv = ["tables", "methods", "--seeds", "1", *argv]  # what there is to see without knowing any command
-    if argv[0] == "figures":
-        argv = ["_".join(argv[:2]), *argv[2:]]
-    if argv[0] not in COMMANDS:
-        sys.exit(f"bench: there is no command {argv[0]}: there are {', '.join(COMMANDS)}")
+    words = 2 if argv[0] == "figures" else 1
+    name = " ".join(argv[:words])
+    if name not in COMMANDS:
+        sys.exit(f"bench: there is no command {name}: there are {', '.join(COMMANDS)}")
     try:
-        importlib.import_module(f"bench.{argv[0]}").main(argv[1:])
+        importlib.import_module(f"bench.{name.replace(' ', '_')}").main(argv[words:])
     except OSError as error:
         sys.exit(f"bench: {error}")
     except KeyboardInterrupt:

@@ -10,7 +10,6 @@ import pytest
 import torch
 from scripts import environment
 
-import dcgan
 from bench import speed
 from bench.__main__ import main
 
@@ -64,9 +63,7 @@ def test_plain_is_the_same_update(script):
 
 
 def test_sizes():
-    """DCGAN's Torch code has a sixth of the paper's multiply-adds in G; the papers' batches are known."""
-    args = dcgan.get_args(speed.FLAGS["dcgan"]["torch"].split())
-    assert (args.size, args.batch_size, args.ngf, args.kernel) == (64, 128, 64, 4)
+    """The papers' images, batches and widths; no script is left out."""
     found = {}
     for script, flags in speed.FLAGS.items():
         args = importlib.import_module(script).get_args(flags["paper"].split())
@@ -74,16 +71,6 @@ def test_sizes():
     assert found["pix2pix"] == found["cyclegan"] == (256, 1, 64) and found["text2img"] == (64, 64, 128)
     assert found["gan"] == found["cgan"] == (28, 100, 1200) and found["dcgan"] == (64, 128, 128)
     assert set(speed.FLAGS) == {path.stem for path in ROOT.glob("*.py")}
-
-
-def test_large_operations():
-    """The peaks are measured on what is counted, in the precision of the row."""
-    for kind in ("product", "convolution"):
-        call, flops = speed.large(kind, "bf16", "cpu")
-        found = call()
-        assert flops == 2 * 1024**3 and found.dtype == torch.bfloat16 and found.numel() == 1024**2
-    call, moved = speed.large_copy("cpu")
-    assert moved == 2 * call().nbytes
 
 
 def test_speed_command(tmp_path, capsys):
@@ -128,12 +115,3 @@ def test_bad_arguments(flags, named):
     with pytest.raises(SystemExit) as end:
         main(["speed", *flags.split()])
     assert named in end.value.code and end.value.code.startswith("bench: ") and "\n" not in end.value.code
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("script", speed.FLAGS)
-def test_on_a_gpu(script):
-    """All variants are measured there, and a recorded update holds memory of its own."""
-    rows = speed.measure(script, "toy", [*speed.VARIANTS], "cuda", 1, 0.0)
-    for row in rows:
-        assert 0 < row["share_of_peak"] < 1 and row["peak_memory"] > row["bytes"] / 2
