@@ -28,41 +28,6 @@ def options(*given):
 # -- the metrics -----------------------------------------------------------------------------------------------------
 
 
-def slow_scores(truths, seens, classes):
-    """The three metrics, pixel by pixel, from lists of arrays."""
-    right = pixels = 0
-    by_class = {c: [0, 0, 0] for c in range(classes)}  # right, in the truth, seen where the truth is known
-    for truth, seen in zip(truths, seens):
-        for t, s in zip(truth.flat, seen.flat):
-            if not 0 <= t < classes:
-                continue
-            pixels, right = pixels + 1, right + (t == s)
-            by_class[t][0] += t == s
-            by_class[t][1] += 1
-            if 0 <= s < classes:
-                by_class[s][2] += 1
-    held = [found for found in by_class.values() if found[1]]
-    accuracy = [a / t for a, t, _ in held]
-    return right / pixels, sum(accuracy) / len(held), sum(a / (t + s - a) for a, t, s in held) / len(held)
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_metrics_pixel_by_pixel(seed):
-    """On random maps with ignored pixels, absent classes and classes seen that there are none of."""
-    rng = np.random.default_rng(seed)
-    classes = int(rng.integers(2, 20))
-    drawn = rng.permutation(classes)[: max(2, classes // 2)]  # the others are absent
-    truths = [rng.choice([*drawn, 255], (7, 9)) for _ in range(3)]
-    seens = [
-        np.where(rng.random((7, 9)) < 0.5, truth % (classes + 1), rng.integers(0, classes + 2, (7, 9)))
-        for truth in truths
-    ]
-    pairs = [(torch.from_numpy(truth), torch.from_numpy(seen)) for truth, seen in zip(truths, seens)]
-    ours = fcn.scores(sum(fcn.confusion(*pair, classes) for pair in pairs))
-    assert tuple(ours) == fcn.METRICS
-    assert [*ours.values()] == pytest.approx(slow_scores(truths, seens, classes), abs=1e-6)
-
-
 def test_metrics_by_hand():
     """Truth 0 0 0 1 and one ignored, seen 0 0 1 1 and 0; class 2 is absent, and seen nowhere."""
     counts = fcn.confusion(torch.tensor([0, 0, 0, 1, 255]), torch.tensor([0, 0, 1, 1, 0]), 3)
@@ -71,7 +36,7 @@ def test_metrics_by_hand():
 
 
 def test_class_outside():
-    """A class seen beyond those of the truth is an error of its own pixel, and the IoU of no other class suffers."""
+    """It is an error of its own pixel, and the IoU of no other class suffers."""
     truth, seen = torch.tensor([0, 0, 1, 1]), torch.tensor([0, 2, 1, 1])
     assert [*fcn.scores(fcn.confusion(truth, seen, 2)).values()] == pytest.approx([3 / 4, 3 / 4, (1 / 2 + 1) / 2])
 
@@ -238,17 +203,6 @@ def test_labels_by_nearest_colour(tmp_path):
     assert row["class_accuracy"] == row["class_iou"] == pytest.approx(2 / 3) and row["real_class_iou"] == 1
 
 
-def test_palette_is_the_median():
-    """Some pixels of another colour, as JPEG makes them, leave it as it is; a class that is not there has none."""
-    labels = np.full((1, 10, 10, 3), 100, np.uint8)
-    labels[0, 0] = 130
-    ids = np.zeros((1, 10, 10), np.uint8)
-    ids[0, 5:] = 2
-    scenes = fcn.Scenes(["a"], None, lambda i: Image.fromarray(labels[i]), ids.__getitem__, 3, "")
-    palette = fcn.find_palette(scenes)
-    assert palette[0].tolist() == palette[2].tolist() == [100] * 3 and palette[1].min() > 1000 < palette[3].min()
-
-
 def test_photos_of_pairs(tmp_path, monkeypatch, capsys):
     """Real photos as samples get what real photos get, on labels that stay as large as they are; a row tells both."""
     folder, asked = write_pairs(tmp_path / "pairs", size=64), []
@@ -343,37 +297,26 @@ def test_scorer_is_trained_once(tmp_path, capsys):
     ("flags", "named"),
     [
         ("--data pairs", "--samples"),
-        ("--samples missing --data pairs", "missing"),
         ("--samples fewer --data pairs", "such as 3"),
         ("--samples more --data pairs", "stranger.png"),
         ("--samples mixed --data pairs", "64x32"),
-        ("--samples broken --data pairs", "4.png"),
         ("--samples good --data nowhere", "nowhere"),
-        ("--samples good --data no_ids", "test_ids"),
         ("--samples good --data alone", "5.png"),
         ("--samples good --data coloured --labels", "5.png"),
-        ("--samples tiny", "16x16"),
         ("--samples good --data pairs --segmenter good/0.png", "0.png"),
-        ("--samples good --data pairs --device cuda:77", "cuda:77"),
     ],
 )
-def test_bad_arguments(flags, named, tmp_path, monkeypatch):
+def test_bad_arguments(flags, named, tmp_path):
     """One sentence that names what is wrong."""
-    for name in ("pairs", "alone", "coloured", "no_ids"):
+    for name in ("pairs", "alone", "coloured"):
         write_pairs(tmp_path / name)
-    for name in ("good", "fewer", "more", "mixed", "broken"):
+    for name in ("good", "fewer", "more", "mixed"):
         write_halves(tmp_path / "pairs", tmp_path / name, True)
     (tmp_path / "fewer" / "3.png").unlink()
     Image.new("RGB", (32, 32)).save(tmp_path / "more" / "stranger.png")
     Image.new("RGB", (64, 32)).save(tmp_path / "mixed" / "2.png")
-    (tmp_path / "broken" / "4.png").write_bytes(b"no image")
     (tmp_path / "alone" / "test_ids" / "5.png").unlink()
     Image.new("RGB", (32, 32)).save(tmp_path / "coloured" / "test_ids" / "5.png")
-    (tmp_path / "no_ids" / "test_ids").rename(tmp_path / "no_ids" / "ids")
-    (tmp_path / "tiny").mkdir()
-    for i in range(100):
-        Image.new("RGB", (16, 16)).save(tmp_path / "tiny" / f"{i:03}.png")
-    monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as end:
         main(["fcn", *flags.split()])
     assert end.value.code.startswith("bench: ") and named in end.value.code and "\n" not in end.value.code

@@ -1,7 +1,6 @@
 """The figures and the probe of dcgan.py, and the linear classifiers behind them, against computations of their own."""
 
 import json
-import math
 from argparse import Namespace
 
 import numpy as np
@@ -143,17 +142,6 @@ def test_pooled_features():
     torch.testing.assert_close(figures_dcgan.pooled(D, x), torch.stack(columns, 1), rtol=1e-4, atol=1e-5)
 
 
-def test_averages_of_a_random_D():
-    """The plain mean over batches of 500 of what batch norm sees of each."""
-    torch.manual_seed(0)
-    D, x = dcgan.Discriminator(28, 1, 5, 3), noise(700, 1, 28, 28)
-    with torch.no_grad():
-        given = [D.layers[:3](some).transpose(0, 1).flatten(1) for some in x.split(500)]
-    assert figures_dcgan.average(D, x) is D and not any(part.training for part in D.modules())
-    torch.testing.assert_close(D.layers[3].running_mean, sum(some.mean(1) for some in given) / 2)
-    torch.testing.assert_close(D.layers[3].running_var, sum(some.var(1) for some in given) / 2)
-
-
 def test_fit_of_a_square():
     """With a squared loss it is ridge regression, which has a closed form."""
     rng = np.random.default_rng(0)
@@ -162,12 +150,6 @@ def test_fit_of_a_square():
     wide, ridge = np.c_[x, np.ones(50)], np.diag([1.0, 1, 1, 1, 0])
     expected = np.linalg.solve(2 * 0.3 * wide.T @ wide + ridge, 2 * 0.3 * wide.T @ targets)
     np.testing.assert_allclose(np.r_[weights.numpy(), bias[None].numpy()], expected, atol=1e-3)
-
-
-def test_losses_by_hand():
-    margins = torch.tensor([-1.0, 0.0, 0.5, 1.0, 3.0])
-    assert linear.squared_hinge(margins).tolist() == [4, 1, 0.25, 0, 0]
-    assert linear.logistic(margins).tolist() == pytest.approx([math.log(1 + math.exp(-m)) for m in margins.tolist()])
 
 
 def test_cost_is_chosen_on_validation(monkeypatch):
@@ -201,7 +183,7 @@ def run(tmp_path, monkeypatch):
     networks = {name: state[name].state_dict() for name in "GD"}
     torch.save({"script": "dcgan", "settings": settings, **networks}, tmp_path / "run" / "last.pt")
     monkeypatch.setattr(figures_dcgan, "read_digits", lambda args, split: gan.digits(40, len(split)))
-    monkeypatch.setattr(linear, "COSTS", (1e-3, 1e-2))
+    monkeypatch.setattr(linear, "COSTS", (1e-3,))
     return "run"
 
 
@@ -219,22 +201,9 @@ def test_figures_of_dcgan(run, tmp_path, capsys):
         assert np.asarray(Image.open(tmp_path / "figures" / f"dcgan-{name}.png").convert("L")).std() > 5
 
 
-@pytest.mark.parametrize(
-    "text",
-    ["", "{}", '{"3": []}', '{"three": [[0, 0, 9, 9]]}', '{"3": [[0, 0, 9]]}', '{"3": [[0, 0, 29, 9]]}', '{"3": [[9]]}']
-    + ['{"3": [[9, 0, 9, 9]]}', '{"3": [[0, 0, 1, 1]]}', '{"3": [[0, 0, 28, 28]]}', '{"3": [[-1, 0, 9, 9]]}'],
-)
+@pytest.mark.parametrize("text", ["", "{}", '{"3": [[0, 0, 9]]}', '{"3": [[0, 0, 29, 9]]}', '{"3": [[0, 0, 1, 1]]}'])
 def test_bad_boxes(text, run, tmp_path):
     """One sentence that names the option."""
     (tmp_path / "boxes.json").write_text(text)
-    with pytest.raises(SystemExit, match="^bench: --boxes") as end:
+    with pytest.raises(SystemExit, match="^bench: --boxes"):
         main(["figures", "dcgan", "--run", run, "--boxes", "boxes.json"])
-    assert "\n" not in end.value.code
-
-
-def test_bad_runs(run, tmp_path):
-    (tmp_path / "other").mkdir()
-    torch.save({"script": "gan", "settings": {}}, tmp_path / "other" / "last.pt")
-    for folder in ("missing", "other"):
-        with pytest.raises(SystemExit, match=folder):
-            main(["figures", "dcgan", "--run", folder])
