@@ -7,8 +7,6 @@ deviation over subsets.
 import json
 import statistics
 
-from bench.common import fail
-
 FEW = 2048  # images, below which FID says little
 HEADINGS = {"photo_iou": "photo IoU", "labels_iou": "labels IoU", "kid": "KID", "fid": "FID", "right": "as told"}
 HEADINGS |= {"missing": "digits missing", "log_likelihood": "log-likelihood", "steps": "updates of G"}
@@ -19,10 +17,7 @@ FORMATS |= {"steps": ",.0f", "images_per_s": ",.0f", "peak_mib": ",.0f"}
 
 def read_json(path):
     """What a JSON file holds, or None if there is none."""
-    try:
-        return json.loads(path.read_text("utf-8")) if path.exists() else None
-    except ValueError as error:
-        fail(f"{path} is damaged: delete it ({error})")
+    return json.loads(path.read_text("utf-8")) if path.exists() else None
 
 
 def read_log(folder):
@@ -52,8 +47,8 @@ def spread(values, error, form):
     return mean if error is None else f"{mean} ± {error:{form}}"
 
 
-def cells(columns, rows):
-    """A table as rows of texts, its head first. `rows` are (label, numbers of the paper, results of all seeds).
+def fill(columns, rows):
+    """The columns of a table as texts, heading first. `rows` are (label, numbers of the paper, results of all seeds).
 
     The first row is of real images. Beside ours stands the paper's number, if the paper has that column. What nobody
     measured is left out.
@@ -71,25 +66,30 @@ def cells(columns, rows):
             table.append([HEADINGS.get(column, column.replace("_", " ")), *ours])
             paper = [numbers[place] if place < len(numbers) else "" for _, numbers, _ in rows]
             table += [["paper", *paper]] if any(paper) else []
-    table.append(["seeds", *(str(len(results) or "") for _, _, results in rows)])
-    head, real, *others = zip(*table)
-    return [head, real, *others] if any(real[1:]) else [head, *others]
+    return [*table, ["seeds", *(str(len(results) or "") for _, _, results in rows)]]
+
+
+def markdown(title, columns, note):
+    """Columns of texts, heading first, as an aligned table between a title and a note."""
+    lines = []
+    for texts in columns:
+        width = max(map(len, texts))
+        aligned = [text.rjust(width) if lines else text.ljust(width) for text in texts]
+        lines.append([aligned[0], "-" * (width - 1) + (":" if lines else "-"), *aligned[1:]])
+    table = "\n".join(f"| {' | '.join(line)} |" for line in zip(*lines))
+    return f"**{title}**\n\n{table}\n\n*{note}.*\n"
 
 
 def span(numbers):
     """From the least to the largest, as text."""
-    ends = sorted({min(numbers), max(numbers)})
-    return " to ".join(f"{number:,}" for number in ends)
+    return " to ".join(f"{number:,}" for number in sorted({min(numbers), max(numbers)}))
 
 
 def notes(columns, source, results):
     """What one must know of a table: updates, what judged how many images, device, code, the paper; a warning."""
     metrics = [result["metrics"][column] for result in results for column in columns if column in result["metrics"]]
-    counts = [span([metric[name] for metric in metrics]) for name in ("n_samples", "n_real")]
-    said = [
-        f"{span([result['steps'] for result in results])} updates of G",
-        "judged on {} images, {} real".format(*counts),
-    ]
+    samples, real = (span([metric[name] for metric in metrics]) for name in ("n_samples", "n_real"))
+    said = [f"{span([result['steps'] for result in results])} updates of G", f"judged on {samples} images, {real} real"]
     said.append("by " + ", ".join(sorted({metric["features"] for metric in metrics})))
     said += sorted({f"{result['device_name']}, torch {result['versions']['torch']}" for result in results})
     commits = {(result["commit"] or "unknown")[:7] + " with changes" * (not result["clean"]) for result in results}
@@ -100,15 +100,3 @@ def notes(columns, source, results):
     if few:
         said.append(f"FID rests on {span(few)} images, fewer than {FEW:,}, and is too high for it: read KID first")
     return "; ".join(said)
-
-
-def markdown(title, rows, note):
-    """Rows of texts, the head first, with aligned columns, between a title and a note."""
-    lines = []
-    for column in zip(*rows):
-        width = max(map(len, column))
-        aligned = [text.rjust(width) if lines else text.ljust(width) for text in column]
-        aligned.insert(1, "-" * (width - 1) + (":" if lines else "-"))
-        lines.append(aligned)
-    text = "\n".join(f"| {' | '.join(line)} |" for line in zip(*lines))
-    return f"**{title}**\n\n{text}\n\n*{note}.*\n"

@@ -9,20 +9,14 @@ from bench.columns import read_log
 from bench.common import fail, parse, save
 
 
-def curves(logs, across=2):
+def curves(logs):
     """A panel for each of {title: rows of a log}: every loss over the updates. -> the bytes of a PNG."""
-    down = -(-len(logs) // across)
-    figure = Figure(figsize=(4.8 * min(across, len(logs)), 3 * down), layout="constrained")
-    panels = figure.subplots(down, min(across, len(logs)), squeeze=False).flat
-    for panel, (title, rows) in zip(panels, logs.items()):
-        for name in rows[0]:
-            if name not in ("step", "epoch", "images_per_s"):
-                panel.plot([row["step"] for row in rows], [row.get(name) for row in rows], label=name, linewidth=1)
-        panel.set_title(title, fontsize="medium")
-        panel.set_xlabel("updates")
+    figure = Figure(figsize=(4.8, 3 * len(logs)), layout="constrained")
+    for panel, (title, rows) in zip(figure.subplots(len(logs), squeeze=False).flat, logs.items()):
+        for name in sorted(rows[0].keys() - {"step", "epoch", "images_per_s"}):
+            panel.plot([row["step"] for row in rows], [row.get(name) for row in rows], label=name, linewidth=1)
+        panel.set(title=title, xlabel="updates")
         panel.legend(fontsize="small")
-    for panel in list(panels):
-        panel.set_axis_off()
     file = io.BytesIO()
     figure.savefig(file, dpi=100)
     return file.getvalue()

@@ -16,45 +16,31 @@ from bench.curves import curves
 
 PUBLISHED = Path("bench", "results")
 MARKERS = re.compile(r"(<!-- bench:(\S+) (\S+) -->\n)(.*?)(<!-- /bench -->)", re.DOTALL)
-PEOPLE = (  # Isola et al. 2017, Table 3: the share of generated images that people took for real
-    ("", "took for real", "trials", "map to photo", "photo to map"),
-    ("L1+cGAN, the paper", "", "", "18.9 % ± 2.5 %", "6.1 % ± 1.3 %"),
-    ("L1, the paper", "", "", "0.8 % ± 0.3 %", "2.8 % ± 1.0 %"),
-)
 HEAD = """# Results
 
 Written by `python -m bench report` from bench/results. Beside our numbers stand those that the papers print, of their
 own data. Of several seeds: mean ± standard deviation. Of one: value ± standard error, of KID deviation over subsets.
 """
+PEOPLE = {  # Isola et al. 2017, Table 3: the share of generated images that people took for real
+    "map to photo, L1+cGAN": "18.9 ± 2.5 %",
+    "map to photo, L1": "0.8 ± 0.3 %",
+    "photo to map, L1+cGAN": "6.1 ± 1.3 %",
+    "photo to map, L1": "2.8 ± 1.0 %",
+}
 PAGE = """<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>GANs, measured</title><style>
-:root { color-scheme: light dark; } body { max-width: 84rem; margin: auto; padding: 1rem; font: 16px/1.5 sans-serif; }
-td, th { padding: .2rem .6rem; text-align: right; white-space: nowrap; } div { overflow-x: auto; }
-td:first-child { text-align: left; } figure { display: inline-block; margin: .5rem; } img { max-width: 30rem; }
-</style></head><body><h1>GANs, measured</h1>%s</body></html>
+:root { color-scheme: light dark; } body { font: 16px/1.5 sans-serif; } pre { overflow-x: auto; line-height: 1.3; }
+figure { display: inline-block; margin: .5rem; } img { max-width: 30rem; }
+</style></head><body><pre>%s</pre>%s</body></html>
 """
 
 
-def all_tables(found):
-    """[(title, rows of texts, note)]: those of which two rows were measured at least, and what people say."""
-    results, made = [result for result in found if "case" in result], []
-    for data in sorted({result["data"] for result in results}, key=lambda name: (name != "toy", name)):
-        made += [tables.make(name, data, results) for name in tables.TABLES]
-    made = [table for table in made if table and sum(row[-1] != "" for row in table[1][1:]) > 1]
-    studies = [result for result in found if "fooled" in result]
-    if studies:
-        shares = [f"{s['share']:.1%} ({s['low']:.1%} to {s['high']:.1%})" for s in studies]
-        ours = [(s["method"], share, str(s["trials"]), "", "") for s, share in zip(studies, shares)]
-        made.append(("What people take for real", [*PEOPLE[:1], *ours, *PEOPLE[1:]], "Isola et al. 2017, Table 3"))
-    return made
-
-
-def fill_readme(text, results):
-    """A README with a table of `results` between each pair of markers; what stood there goes."""
+def fill_readme(text, found):
+    """A README with a table of results between each pair of markers; what stood there goes."""
 
     def fill(match):
         opening, name, data, _, closing = match.groups()
-        table = tables.make(name, data, results) if name in tables.TABLES else None
-        return f"{opening}{markdown(*table)}{closing}" if table else fail(f"README.md: no results for {name} {data}")
+        table = tables.make(name, data, found) if name in tables.TABLES else ""
+        return f"{opening}{table}{closing}" if table else fail(f"README.md: no results for {name} {data}")
 
     if len(MARKERS.findall(text)) != text.count("<!-- bench:"):
         fail("README.md has a marker like <!-- bench:losses toy --> without its <!-- /bench -->")
@@ -62,16 +48,22 @@ def fill_readme(text, results):
 
 
 def results_text(found):
-    """bench/RESULTS.md, as text."""
-    return "\n".join([HEAD, *(markdown(*table) for table in all_tables(found))])
+    """bench/RESULTS.md, as text: the tables of which two rows were measured at least, and what people say."""
+    sets = sorted({result["data"] for result in found if "case" in result}, key=lambda name: (name != "toy", name))
+    parts = [tables.make(name, data, found, least=2) for data in sets for name in tables.TABLES]
+    studies = [result for result in found if "fooled" in result]
+    if studies:
+        shares = [f"{study['share']:.1%} ({study['low']:.1%} to {study['high']:.1%})" for study in studies]
+        none, trials = [""] * len(PEOPLE), [str(study["trials"]) for study in studies]
+        columns = [["", *PEOPLE, *(study["method"] for study in studies)], ["ours", *none, *shares]]
+        columns += [["trials", *none, *trials], ["paper", *PEOPLE.values(), *[""] * len(studies)]]
+        parts.append(markdown("What people take for real", columns, "paper: Isola et al. 2017, Table 3"))
+    return "\n".join([HEAD, *filter(None, parts)])
 
 
 def page(found, folder):
     """The page, as text: it asks nothing of any other file."""
     parts = []
-    for title, rows, note in all_tables(found):
-        lines = "".join(f"<tr><td>{'<td>'.join(map(html.escape, row))}</tr>" for row in rows)
-        parts.append(f"<h2>{html.escape(title)}</h2><div><table>{lines}</table></div><p>{html.escape(note)}.</p>")
     for result in (result for result in found if "case" in result and not result["seed"]):
         name = f"{result['case']}-{result['data']}-{result['seed']}"
         samples, pictures = folder / f"{name}.png", [curves({name: result["log"]})]
@@ -81,7 +73,7 @@ def page(found, folder):
         images = "".join(f'<img alt="{html.escape(name)}" src="data:image/png;base64,{code}">' for code in codes)
         command = html.escape(" ".join([result["script"], "--data", result["data"], *result["flags"]]))
         parts.append(f"<figure><figcaption>{command}</figcaption>{images}</figure>")
-    return PAGE % "\n".join(parts)
+    return PAGE % (html.escape(results_text(found)), "\n".join(parts))
 
 
 def options(parser):

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from bench.columns import cells, markdown, notes, read_json, read_log, value
+from bench.columns import fill, markdown, notes, read_json, read_log, value
 from bench.common import ROOT, RUN_OPTION, fail, find_device, parse, save
 from bench.judges import JUDGES, can_judge
 from bench.speed import circumstances
@@ -108,15 +108,17 @@ def rows_of(table, data):
     return [row for row in ROWS if row.table == table and ("toy" if data == "toy" else "real") in row.data]
 
 
-def make(table, data, results):
-    """A table from the results on a data set: its title, its rows of texts and its note; None if there are none."""
+def make(table, data, results, least=1):
+    """A table from the results on a data set, as Markdown; nothing if fewer than `least` of its rows have any."""
     (title, columns, source), data = TABLES[table], Path(data).resolve().name
     rows, every = [("real images", REAL.get(table, ()), [])], []
     for row in rows_of(table, data):
         found = [each for each in results if (each.get("case"), each.get("data")) == (row.name, data)]
         rows.append((row.label, row.paper, found))
         every += found
-    return (f"{title}, {data}", cells(columns.split(), rows), notes(columns.split(), source, every)) if every else None
+    if sum(bool(found) for _, _, found in rows) < least:
+        return ""
+    return markdown(f"{title}, {data}", fill(columns.split(), rows), notes(columns.split(), source, every))
 
 
 class Run(NamedTuple):
@@ -249,8 +251,6 @@ def main(argv=None):
             print(f"    failed: {error}", file=sys.stderr, flush=True)
     results = [read_json(args.results / f"{run.name}.json") for run in runs if is_done(run, args)]
     for table, data in itertools.product(args.tables, args.data):
-        made = make(table, data, results)
-        if made:
-            print(markdown(*made))
+        print(make(table, data, results))
     if failed:
         fail(f"{len(failed)} of {len(runs)} runs failed: {', '.join(failed)}")

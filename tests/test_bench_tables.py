@@ -53,10 +53,11 @@ def result(case="pix2pix", seed=0, data="toy", **metrics):
     }
 
 
-def table(name, results, data="toy"):
-    """{label of a row: its texts} of a table, and its note."""
-    _, rows, note = tables.make(name, data, results)
-    return {row[0]: list(row[1:]) for row in rows}, note
+def table(name, results):
+    """{label of a row: its cells} of a table in Markdown, and its note."""
+    text = tables.make(name, "toy", results)
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
+    return {label: texts for label, *texts in rows}, text.splitlines()[-1]
 
 
 @pytest.mark.parametrize("row", tables.ROWS, ids=lambda row: f"{row.table}-{row.name}")
@@ -97,7 +98,7 @@ def test_table_by_hand():
     some += [result("pix2pix", data="mnist", photo_pixel=0.0)]
     rows, note = table("losses", some)
     assert rows[""] == ["photo pixel", "paper", "photo IoU", "paper", "seeds"]  # nobody measured class accuracy
-    assert rows["real images"] == ["0.99", "0.80", "0.99", "0.21", ""] and [*rows][1] == "real images"
+    assert rows["real images"] == ["0.99", "0.80", "0.99", "0.21", ""] and [*rows][2] == "real images"
     assert rows["L1"] == ["0.50 ± 0.10", "0.42", "0.25 ± 0.00", "0.11", "3"]
     assert rows["GAN"] == ["", "0.22", "", "0.01", ""]
     assert rows["L1+cGAN"] == ["0.70", "0.66", "0.50 ± 0.03", "0.17", "1"]
@@ -160,7 +161,7 @@ def test_page(tmp_path, capsys):
     page = (tmp_path / "page.html").read_text()
     assert page.count("<img") == page.count('src="data:image/png;base64,') == page.count("src=") == 3
     assert "href" not in page and "<script" not in page and "pix2pix.py --data toy &lt;script&gt;" in page
-    for text in ("0.25", "mine", "15.0% (7.1% to 29.1%)", "18.9 % ± 2.5 %", "2.8 % ± 1.0 %"):
+    for text in ("0.25", "mine", "15.0% (7.1% to 29.1%)", "18.9 ± 2.5 %", "2.8 ± 1.0 %"):
         assert text in page
     assert not (tmp_path / "README.md").exists()
 
@@ -299,15 +300,12 @@ def test_vae(tmp_path):
         ("tables --seeds many", "--seeds"),
         ("tables --device nonsense", "nonsense"),
         ("report --results missing", "missing"),
-        ("report --results damaged", "a.json is damaged"),
         ("curves missing", "missing"),
         ("nonsense", "nonsense"),
     ],
 )
 def test_bad_arguments(given, named):
     """One sentence that names what is wrong."""
-    Path("damaged").mkdir()
-    Path("damaged/a.json").write_text("{")
     with pytest.raises(SystemExit) as end:
         main(given.split())
     assert named in end.value.code and "\n" not in end.value.code
