@@ -55,7 +55,10 @@ def results_text(found):
     if studies:
         shares = [f"{study['share']:.1%} ({study['low']:.1%} to {study['high']:.1%})" for study in studies]
         none, trials = [""] * len(PEOPLE), [str(study["trials"]) for study in studies]
-        columns = [["", *PEOPLE, *(study["method"] for study in studies)], ["ours", *none, *shares]]
+        columns = [
+            ["", *PEOPLE, *(f"{study['study']}, {study['method']}" for study in studies)],
+            ["ours", *none, *shares],
+        ]
         columns += [["trials", *none, *trials], ["paper", *PEOPLE.values(), *[""] * len(studies)]]
         parts.append(markdown("What people take for real", columns, "paper: Isola et al. 2017, Table 3"))
     return "\n".join([HEAD, *filter(None, parts)])

@@ -117,10 +117,10 @@ def prepare(script, size, variant, device):
     if cuda:  # the fourth call records the update, so the peak is that of the recorded one
         torch.cuda.reset_peak_memory_stats(device)
     call()
-    weights = sum(
-        weight.numel() for part in state.values() if isinstance(part, torch.optim.Adam) for weight in part.state
-    )
-    row = {"script": script, "sizes": size, "variant": variant, "precision": "bf16" if args.bf16 else "fp32"}
+    optimisers = [part for part in state.values() if isinstance(part, torch.optim.Adam)]
+    weights = sum(weight.numel() for optimiser in optimisers for weight in optimiser.state)
+    precision = "bf16" if args.precision == "bf16" or vars(args).get("bf16") else "fp32"
+    row = {"script": script, "sizes": size, "variant": variant, "precision": precision}
     row |= {"flags": flags, "size": args.size, "images": len(batch[0]), "flops": flops}
     row["kind"] = "convolution" if convolutions > flops / 2 else "product"
     if row["precision"] == "fp32":

@@ -152,7 +152,8 @@ def test_markers():
 def test_page(tmp_path, capsys):
     """One file with the tables, samples, curves and a study beside the paper's numbers; what a label holds is text."""
     found = {"a": result("pix2pix-l1", photo_iou=0.25) | {"flags": ["<script>"]}, "b": result(photo_iou=0.5)}
-    found["study"] = {"method": "mine", "trials": 40, "fooled": 6, "share": 0.15, "low": 0.071, "high": 0.291}
+    found["study"] = {"study": "map to photo", "method": "mine", "trials": 40, "fooled": 6, "share": 0.15}
+    found["study"] |= {"low": 0.071, "high": 0.291}
     (tmp_path / "results").mkdir()
     for name, each in found.items():
         (tmp_path / "results" / f"{name}.json").write_text(json.dumps(each))
@@ -161,7 +162,7 @@ def test_page(tmp_path, capsys):
     page = (tmp_path / "page.html").read_text()
     assert page.count("<img") == page.count('src="data:image/png;base64,') == page.count("src=") == 3
     assert "href" not in page and "<script" not in page and "pix2pix.py --data toy &lt;script&gt;" in page
-    for text in ("0.25", "mine", "15.0% (7.1% to 29.1%)", "18.9 ± 2.5 %", "2.8 ± 1.0 %"):
+    for text in ("0.25", "map to photo, mine", "15.0% (7.1% to 29.1%)", "18.9 ± 2.5 %", "2.8 ± 1.0 %"):
         assert text in page
     assert not (tmp_path / "README.md").exists()
 
