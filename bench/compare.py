@@ -105,11 +105,12 @@ def page(lines, grids):
 
 def options(parser):
     """What it takes."""
-    parser.add_argument("--real", type=Path, required=True, help="folder of real images")
-    parser.add_argument("--samples", nargs="+", required=True, metavar="NAME=DIR", help="folders of images, or of runs")
-    parser.add_argument("--classes", type=Path, help="folder of class ids, named as the images: adds the FCN-score")
+    add = parser.add_argument
+    add("--real", type=Path, required=True, help="folder of real images")
+    add("--samples", nargs="+", required=True, metavar="NAME=DIR", help="folders of images, or of runs")
+    add("--classes", type=Path, help="folder of class ids, named as the images: adds the FCN-score")
     fid.feature_options(parser)
-    parser.add_argument("--out", type=Path, default=Path("runs", "compare"), help="folder for the JSON and the page")
+    add("--out", type=Path, default=Path("runs", "compare"), help="folder for the JSON and the page (%(default)s)")
 
 
 def main(argv=None):

@@ -60,9 +60,10 @@ def classifier(args):
 
 def options(parser):
     """What it takes."""
-    parser.add_argument("--samples", type=Path, required=True, help="folder of images, 28x28 pixels")
-    parser.add_argument("--data", choices=("toy", "mnist"), default="toy", help="what they should look like")
-    parser.add_argument("--out", type=Path, help="JSON file for the result")
+    add = parser.add_argument
+    add("--samples", type=Path, required=True, help="folder of images, 28x28 pixels")
+    add("--data", choices=("toy", "mnist"), default="toy", help="what they should look like (toy)")
+    add("--out", type=Path, help="JSON file for the result")
 
 
 def measure(args):

@@ -347,12 +347,12 @@ def options(parser):
     add("--samples", type=Path, required=True, help="folder of images, named as the test images")
     layouts = "SPLIT/NAME.jpg, photo | labels, with class ids in SPLIT_ids/NAME.png"
     add("--data", default="toy", help=f"toy, or a folder: {layouts}; or Cityscapes' gtFine and leftImg8bit")
-    add("--data-root", type=Path, default=Path("data"), help="where the folder may lie")
+    add("--data-root", type=Path, default=Path("data"), help="where the folder may lie (%(default)s)")
     add("--classes", type=int, help="ids from here up are ignored (camvid: 11; else only 255 is)")
     add("--labels", action="store_true", help="the samples are label maps, made from photos")
     add("--segmenter", type=Path, help="fcn-8s-cityscapes.caffemodel (else one is trained on --data)")
     add("--epochs", type=int, help="that it is trained for (toy: 12, else 20)")
-    add("--cache", type=Path, default=Path("data"), help="where it is kept")
+    add("--cache", type=Path, default=Path("data"), help="where it is kept (%(default)s)")
     add("--device", help="cpu, cuda, ... (the accelerator, if there is one)")
     add("--out", type=Path, help="JSON file for the result")
 

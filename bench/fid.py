@@ -145,21 +145,22 @@ def compare(samples, real):
 def feature_options(parser):
     """What decides about the features, and how images come to them."""
     add = parser.add_argument
-    add("--features", choices=("inception", "scorer"), default="inception", help="whose: scorer is the bench's own")
+    add("--features", choices=("inception", "scorer"), default="inception", help="scorer: the bench's own (inception)")
     add("--weights", type=Path, help="file of the Inception network (torch's cache, or a download)")
     add("--resize", type=int, metavar="N", help="resize all images to N x N pixels (else all must have one size)")
     add("--data", help="what is shown, for the scorer: toy or mnist digits, streets, or as for fcn")
-    add("--data-root", type=Path, default=Path("data"), help="where MNIST lies, or goes to")
-    add("--cache", type=Path, default=Path("data"), help="where a scorer that was trained here is kept")
+    add("--data-root", type=Path, default=Path("data"), help="where MNIST lies, or goes to (data)")
+    add("--cache", type=Path, default=Path("data"), help="where a scorer that was trained here is kept (%(default)s)")
     add("--device", help="cpu, cuda, ... (cuda, if there is one)")
 
 
 def options(parser):
     """What it takes."""
-    parser.add_argument("--samples", type=Path, required=True, help="folder of images")
-    parser.add_argument("--real", type=Path, help="folder of real images (the training images of --data)")
+    add = parser.add_argument
+    add("--samples", type=Path, required=True, help="folder of images")
+    add("--real", type=Path, help="folder of real images (the training images of --data)")
     feature_options(parser)
-    parser.add_argument("--out", type=Path, help="JSON file for the result")
+    add("--out", type=Path, help="JSON file for the result")
 
 
 def measure_all(args, folders):

@@ -1,7 +1,6 @@
 """What a trained dcgan.py has learned, after Radford et al. (2016): guided back-propagation, forgetting, a probe."""
 
 import argparse
-import io
 import json
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from torchvision.utils import draw_bounding_boxes, make_grid
 
 import dcgan
 from bench import linear
-from bench.common import fail, parse, read_digits, read_weights, save, write
+from bench.common import fail, parse, read_digits, read_weights, write
 
 
 def load(run, seed):
@@ -71,9 +70,8 @@ def paint(path, parts):
         axes.imshow(grid.permute(1, 2, 0).numpy(), interpolation="nearest")
         axes.set_title(title, loc="left", fontsize=10)
         axes.axis("off")
-    file = io.BytesIO()
-    figure.savefig(file, dpi=100)
-    save(path, file.getvalue())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=100)
     print(f"painted {path}")
 
 
@@ -210,13 +208,14 @@ def probe(nets, x, labels, few=100, repeats=10):
 
 def options(parser):
     """What it takes."""
-    parser.add_argument("--run", dest="folder", type=Path, required=True, help="run folder of dcgan.py")
-    parser.add_argument("--data", choices=("toy", "mnist"), help="labelled digits (those of the run)")
-    parser.add_argument("--data-root", type=Path, default=Path("data"), help="where MNIST lies, or goes to")
-    parser.add_argument("--boxes", type=Path, help="JSON file of boxes on samples, by number, whose content to forget")
-    parser.add_argument("--seed", type=int, default=0, help="of the samples")
-    parser.add_argument("--to", type=Path, default=Path("runs", "figures"), help="folder for the PNGs")
-    parser.add_argument("--out", type=Path, help="JSON file for the result")
+    add = parser.add_argument
+    add("--run", dest="folder", type=Path, required=True, help="run folder of dcgan.py")
+    add("--data", choices=("toy", "mnist"), help="labelled digits (those of the run)")
+    add("--data-root", type=Path, default=Path("data"), help="where MNIST lies, or goes to (data)")
+    add("--boxes", type=Path, help="JSON file of boxes on samples, by number, whose content to forget")
+    add("--seed", type=int, default=0, help="of the samples (%(default)s)")
+    add("--to", type=Path, default=Path("runs", "figures"), help="folder for the PNGs (%(default)s)")
+    add("--out", type=Path, help="JSON file for the result")
 
 
 def main(argv=None):

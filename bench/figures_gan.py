@@ -5,7 +5,6 @@ Data (dotted) are drawn from a Gaussian, G (solid) from z on the lower line, whi
 p_data / (p_data + p_g); (c) G has followed its slope; (d) both have learned until D is 1/2 and neither can improve.
 """
 
-import io
 import math
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import torch
 from matplotlib.figure import Figure
 
 import gan
-from bench.common import parse, save
+from bench.common import parse
 
 MEAN, WIDTH = 0.62, 0.1  # of the data; x lies in [0, 1]
 SETTINGS = "--size 1 --nz 1 --ngf 64 --ndf 32 --k 5 --batch-size 256 --optimiser adam --lr 1e-3"
@@ -86,8 +85,9 @@ def panel(axes, caption, x, grid, data, ours, D):
 
 def options(parser):
     """What it takes."""
-    parser.add_argument("--seed", type=int, default=0, help="of training")
-    parser.add_argument("--to", type=Path, default=Path("runs", "figures"), help="folder for the PNG")
+    add = parser.add_argument
+    add("--seed", type=int, default=0, help="of training (%(default)s)")
+    add("--to", type=Path, default=Path("runs", "figures"), help="folder for the PNG (%(default)s)")
 
 
 def main(argv=None):
@@ -105,7 +105,6 @@ def main(argv=None):
         print(f"{caption}: G's mean {x.mean():.3f} ({MEAN}), std {x.std():.3f} ({WIDTH}), distance {distance(x):.4f}")
         print(f"    where the data lie mean |D - 1/2| {half:.3f}, |D - D*| {best:.3f}")
         panel(figure.add_subplot(1, len(MOMENTS), i), caption, x, grid, data, ours, D)
-    file = io.BytesIO()
-    figure.savefig(file, dpi=100)
-    save(args.to / "gan-1d.png", file.getvalue())
+    args.to.mkdir(parents=True, exist_ok=True)
+    figure.savefig(args.to / "gan-1d.png", dpi=100)
     print(f"painted {args.to}/gan-1d.png")

@@ -49,10 +49,11 @@ def reference(data, data_root, count):
 
 def options(parser):
     """What it takes."""
-    parser.add_argument("--samples", type=Path, required=True, help="folder of images, 28x28 pixels")
-    parser.add_argument("--data", choices=("toy", "mnist"), default="toy", help="what they should look like")
-    parser.add_argument("--data-root", type=Path, default=Path("data"), help="where MNIST lies, or goes to")
-    parser.add_argument("--out", type=Path, help="JSON file for the result")
+    add = parser.add_argument
+    add("--samples", type=Path, required=True, help="folder of images, 28x28 pixels")
+    add("--data", choices=("toy", "mnist"), default="toy", help="what they should look like (toy)")
+    add("--data-root", type=Path, default=Path("data"), help="where MNIST lies, or goes to (data)")
+    add("--out", type=Path, help="JSON file for the result")
 
 
 def measure(args):

@@ -64,10 +64,11 @@ def drawn(run, sentences, seed):
 
 def options(parser):
     """What it takes."""
-    parser.add_argument("--run", dest="folder", type=Path, required=True, help="run folder of text2img.py on toy data")
-    parser.add_argument("--count", type=int, default=500, help="sentences to draw, one image each")
-    parser.add_argument("--seed", type=int, default=0, help="of the sentences and of z")
-    parser.add_argument("--out", type=Path, help="JSON file for the result")
+    add = parser.add_argument
+    add("--run", dest="folder", type=Path, required=True, help="run folder of text2img.py on toy data")
+    add("--count", type=int, default=500, help="sentences to draw, one image each (%(default)s)")
+    add("--seed", type=int, default=0, help="of the sentences and of z (%(default)s)")
+    add("--out", type=Path, help="JSON file for the result")
 
 
 def measure(args):

@@ -152,8 +152,8 @@ def options(parser):
     add("--fake", type=Path, help="folder of generated images; those of the same name are their partners")
     add("--study", default="", help='what is translated, such as "map to photo" or "photo to map"')
     add("--method", help="whose images they are (the name of the folder --fake)")
-    add("--seed", type=int, default=0, help="of the choice of 50 pairs")
-    add("--out", type=Path, default=Path("runs", "study.html"), help="the page")
+    add("--seed", type=int, default=0, help="of the choice of 50 pairs (%(default)s)")
+    add("--out", type=Path, default=Path("runs", "study.html"), help="the page (%(default)s)")
     add("--results", type=Path, nargs="+", metavar="FILE", help="what the page has saved: print each, and all together")
 
 

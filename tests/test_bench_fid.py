@@ -66,10 +66,12 @@ def test_precision_and_recall_by_hand():
     assert found["recall"] < 0.7 < found["precision"]
 
 
-@pytest.mark.parametrize(("count", "subset", "biased"), [(4, 2, True), (2048, 1000, False)])
-def test_counts(count, subset, biased):
+@pytest.mark.parametrize(("count", "subset", "biased"), [(4, 2, True), (6, 3, False)])
+def test_counts(count, subset, biased, monkeypatch):
     """The smaller set decides on the size of KID's subsets, and whether FID is said to be too high."""
-    few, many = some_points(count, 2, 4), some_points(2100, 2, 5)
+    assert fid.ENOUGH == 2048
+    monkeypatch.setattr(fid, "ENOUGH", 6)
+    few, many = some_points(count, 2, 4), some_points(9, 2, 5)
     for a, b in ((few, many), (many, few)):
         row = compare(a, b)
         assert (row["kid_subset"], row["fid_biased"]) == (subset, biased)

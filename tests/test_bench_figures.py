@@ -8,7 +8,6 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
-from torch.nn import functional as F
 
 import dcgan
 import gan
@@ -19,34 +18,6 @@ from bench.__main__ import main
 def noise(*shape, seed=0):
     """Numbers from -1 to 1, the same in each call."""
     return torch.rand(*shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
-
-
-def unsettled(net):
-    """A network with averages, gains and biases unlike those that batch norm starts with."""
-    rng = torch.Generator().manual_seed(0)
-    for layer in net.modules():
-        if isinstance(layer, nn.BatchNorm2d):
-            layer.running_mean.normal_(0, 0.1, generator=rng)
-            layer.running_var.uniform_(0.1, 0.5, generator=rng)
-            nn.init.normal_(layer.weight, 1, 0.2, generator=rng)
-            nn.init.normal_(layer.bias, 0, 0.2, generator=rng)
-    return net.eval()
-
-
-def discriminator():
-    """One for 28 pixels, with four channels in its first layer."""
-    torch.manual_seed(0)
-    return unsettled(dcgan.Discriminator(28, 1, 5, 4))
-
-
-@torch.no_grad()
-def before_leaky(D, x):
-    """What both LeakyReLUs of a D for 28 pixels are given, and the factor of its batch norm."""
-    first, _, second, norm, *_ = D.layers
-    gain = (norm.weight / (norm.running_var + norm.eps).sqrt())[:, None, None]
-    low = F.conv2d(x, first.weight, stride=2, padding=first.padding)
-    high = F.conv2d(torch.where(low > 0, low, 0.2 * low), second.weight, stride=2, padding=second.padding)
-    return low, (high - norm.running_mean[:, None, None]) * gain + norm.bias[:, None, None], gain
 
 
 # -- guided back-propagation ----------------------------------------------------------------------------------------
@@ -61,28 +32,6 @@ def test_guided_rule_by_hand(above, expected):
         layer.weight.data = torch.tensor(weights).float().view_as(layer.weight)
     D.layers = nn.Sequential(convolutions[0], nn.LeakyReLU(0.2), convolutions[1], nn.LeakyReLU(0.2), nn.Conv2d(1, 1, 1))
     assert figures_dcgan.guide(D, torch.ones(1, 1, 1, 1), 0).item() == pytest.approx(expected)
-
-
-def test_exciting_images():
-    """For each filter the images that excite it most, best first, beside the guided gradient, written out here."""
-    D, x = discriminator(), noise(520, 1, 28, 28)
-    sheet = figures_dcgan.exciting(D, x, filters=3, count=4)
-    assert sheet.shape == (24, 1, 28, 28) and sheet.min() >= 0 and sheet.max() <= 1
-    highest = before_leaky(D, x)[1].amax((2, 3))
-    for filter, row in enumerate(sheet.split(8)):
-        best = x[np.argsort(-highest[:, filter].numpy())[:4].copy()]
-        torch.testing.assert_close(row[::2], (best + 1) / 2)
-        low, high, gain = before_leaky(D, best)
-        place = high[:, filter].flatten(1).argmax(1)
-        slope = torch.zeros_like(high)
-        slope[range(4), filter, place // 7, place % 7] = 1
-        slope = slope * (high > 0) * gain
-        for layer, given in ((D.layers[2], low), (D.layers[0], None)):
-            slope = F.conv_transpose2d(slope, layer.weight, stride=2, padding=2, output_padding=1).detach()
-            slope = slope if given is None else slope.clamp(min=0) * (given > 0)
-        assert slope.flatten(1).any(1).all()
-        expected = (slope / slope.abs().amax((1, 2, 3), keepdim=True) + 1) / 2
-        torch.testing.assert_close(row[1::2], expected, rtol=1e-4, atol=1e-5)
 
 
 # -- forgetting -----------------------------------------------------------------------------------------------------
@@ -119,7 +68,7 @@ def test_maps_that_tell_of_places():
 def test_redrawn_samples():
     """Those of G with all maps; without one of them, what weights of zero make of it."""
     torch.manual_seed(0)
-    G, z = unsettled(dcgan.Generator(28, 1, 5, 10, 4)), figures_dcgan.codes(10, 3, 6)
+    G, z = dcgan.init_weights(dcgan.Generator(28, 1, 5, 10, 4)).eval(), figures_dcgan.codes(10, 3, 6)
     assert torch.equal(z, figures_dcgan.codes(10, 3, 9)[:6])
     for dropped in (torch.zeros(8, dtype=torch.bool), torch.arange(8) == 3):
         found = figures_dcgan.redraw(G, z, dropped)
@@ -128,18 +77,6 @@ def test_redrawn_samples():
 
 
 # -- the probe ------------------------------------------------------------------------------------------------------
-
-
-def test_pooled_features():
-    """The highest of each of 4x4 windows, which overlap where the side is no multiple of 4, layer by layer."""
-    D, x = discriminator(), noise(501, 1, 28, 28)
-    windows = [(0, 4), (3, 7), (7, 11), (10, 14)], [(0, 2), (1, 4), (3, 6), (5, 7)]
-    columns = []
-    for given, spans in zip(before_leaky(D, x), windows):
-        maps = torch.where(given > 0, given, 0.2 * given)
-        for i in range(maps.shape[1]):
-            columns += [maps[:, i, a:b, c:d].amax((1, 2)) for a, b in spans for c, d in spans]
-    torch.testing.assert_close(figures_dcgan.pooled(D, x), torch.stack(columns, 1), rtol=1e-4, atol=1e-5)
 
 
 def test_fit_of_a_square():
