@@ -11,6 +11,7 @@ The network is trained once, on real photos with class ids, and kept; the one fo
 """
 
 import hashlib
+import inspect
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from functools import partial
@@ -113,7 +114,8 @@ def toy(split, size):
     def image_of(arrays):
         return lambda i: Image.fromarray(arrays[i].transpose(1, 2, 0))
 
-    return Scenes([f"{i:03}" for i in range(count)], image_of(photos), image_of(maps), ids.__getitem__, 5, "")
+    drawn_by = inspect.getsource(pix2pix.streets)
+    return Scenes([f"{i:03}" for i in range(count)], image_of(photos), image_of(maps), ids.__getitem__, 5, drawn_by)
 
 
 def pairs(folder, split, classes=None):

@@ -126,20 +126,13 @@ def compare(samples, real):
     """
     few = min(len(samples), len(real))
     subset = 1000 if few > 1000 else few // 2
-    found = kid_features_to_metric(samples, real, kid_subset_size=subset, verbose=False)
-    found |= fid_statistics_to_metric(*map(fid_features_to_statistics, (samples, real)), verbose=False)
-    found |= prc_features_to_metric(samples, real, prc_batch_size=2000, save_cpu_ram=True, verbose=False)
-    return {
-        "kid": found[torch_fidelity.KEY_METRIC_KID_MEAN],
-        "kid_std": found[torch_fidelity.KEY_METRIC_KID_STD],
-        "fid": found[torch_fidelity.KEY_METRIC_FID],
-        "precision": found[torch_fidelity.KEY_METRIC_PRECISION],
-        "recall": found[torch_fidelity.KEY_METRIC_RECALL],
-        "kid_subset": subset,
-        "n_samples": len(samples),
-        "n_real": len(real),
-        "fid_biased": few < ENOUGH,
-    }
+    statistics = map(fid_features_to_statistics, (samples, real))
+    kid, kid_std = kid_features_to_metric(samples, real, kid_subset_size=subset, verbose=False).values()
+    (fid,) = fid_statistics_to_metric(*statistics, verbose=False).values()
+    settings = {"prc_batch_size": 2000, "save_cpu_ram": True, "verbose": False}
+    precision, recall, _ = prc_features_to_metric(samples, real, **settings).values()
+    row = {"kid": kid, "kid_std": kid_std, "fid": fid, "precision": precision, "recall": recall, "kid_subset": subset}
+    return row | {"n_samples": len(samples), "n_real": len(real), "fid_biased": few < ENOUGH}
 
 
 def feature_options(parser):

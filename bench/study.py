@@ -38,9 +38,10 @@ button { font: inherit; padding: .6rem 2rem; margin: .5rem; }
 computer made. The first PRACTICE pairs are for practice; TRIALS pairs follow.</p>
 <div id="pair"></div><div id="buttons"><button id="start">Start</button></div>
 <script>
-const study = STUDY, element = id => document.getElementById(id), answers = [];
-const shuffled = list => list.map(item => [Math.random(), item]).sort((a, b) => a[0] - b[0]).map(pair => pair[1]);
+const study = STUDY, answers = [];
+const show = (id, ...parts) => document.getElementById(id).replaceChildren(...parts);
 const wait = milliseconds => new Promise(done => setTimeout(done, milliseconds));
+const make = (kind, about) => Object.assign(document.createElement(kind), about);
 
 function shareFooled(answers) {  // the same as share_fooled in bench/study.py
   const n = answers.length, share = answers.filter(Boolean).length / n, z = 1.959963984540054;
@@ -50,50 +51,40 @@ function shareFooled(answers) {  // the same as share_fooled in bench/study.py
 }
 
 async function ask(pair) {  // whether the real image is taken for the generated one
-  const images = shuffled([0, 1]).map(kind => {
-    const image = new Image();
-    image.src = pair[kind];
-    image.alt = "";
-    return [kind, image];
-  });
-  await Promise.all(images.map(([, image]) => image.decode()));
-  element("buttons").replaceChildren();
-  element("pair").replaceChildren(...images.map(([, image]) => image));
+  const realSide = Math.random() < 0.5 ? 0 : 1;  // 0 is left
+  const images = [realSide, 1 - realSide].map(kind => make("img", {src: pair[kind], alt: ""}));
+  await Promise.all(images.map(image => image.decode()));
+  show("buttons");
+  show("pair", ...images);
   await wait(1000);
-  element("pair").replaceChildren();
-  return new Promise(done => element("buttons").replaceChildren(...["Left", "Right"].map((name, side) => {
-    const button = document.createElement("button");
-    button.textContent = name + " was generated";
-    button.onclick = () => done(images[side][0] === 0);
-    return button;
-  })));
+  show("pair");
+  return new Promise(done => show("buttons", ...["Left", "Right"].map((name, side) =>
+    make("button", {textContent: name + " was generated", onclick: () => done(side === realSide)}))));
 }
 
 async function run() {
-  for (const [i, pair] of shuffled(study.pairs).entries()) {
-    const practice = i < study.practice, number = practice ? i + 1 : i + 1 - study.practice;
-    element("text").textContent = (practice ? "Practice " : "Pair ") + number;
+  const order = study.pairs.map(pair => [Math.random(), pair]).sort((a, b) => a[0] - b[0]);
+  for (const [i, [, pair]] of order.entries()) {
+    const practice = i < study.practice;
+    show("text", practice ? `Practice ${i + 1}` : `Pair ${i + 1 - study.practice}`);
     const fooled = await ask(pair);
     if (practice) {
-      element("text").textContent = fooled ? "No, that was the real one." : "Right.";
-      element("buttons").replaceChildren();
+      show("buttons");
+      show("text", fooled ? "No, that was the real one." : "Right.");
       await wait(1000);
     } else answers.push(fooled);
   }
-  const [share, low, high] = shareFooled(answers), fooled = answers.filter(Boolean).length;
-  const result = {measure: "study", study: study.study, method: study.method, trials: answers.length, fooled, share,
-    low, high, answers};
+  const [share, low, high] = shareFooled(answers), trials = answers.length, fooled = answers.filter(Boolean).length;
+  const numbers = {trials, fooled, share, low, high, answers};
+  const result = {measure: "study", study: study.study, method: study.method, ...numbers};
   const percent = number => (100 * number).toFixed(1) + " %";
-  element("text").textContent = `You took ${fooled} of ${answers.length} images for real: ${percent(share)}, ` +
-    `95 % interval ${percent(low)} to ${percent(high)}. Please save the result and send it back.`;
-  const link = document.createElement("a");
-  link.id = "result";
-  link.textContent = "Save the result";
-  link.download = "study-" + study.method.replace(/\\W+/g, "-") + "-" + Date.now() + ".json";
-  link.href = "data:application/json," + encodeURIComponent(JSON.stringify(result, null, 2) + "\\n");
-  element("buttons").replaceChildren(link);
+  show("text", `You took ${fooled} of ${trials} images for real: ${percent(share)}, 95 % interval ${percent(low)} to ` +
+    `${percent(high)}. Please save the result and send it back.`);
+  const href = "data:application/json," + encodeURIComponent(JSON.stringify(result, null, 2) + "\\n");
+  const download = "study-" + study.method.replace(/\\W+/g, "-") + "-" + Date.now() + ".json";
+  show("buttons", make("a", {id: "result", textContent: "Save the result", href, download}));
 }
-element("start").onclick = run;
+document.getElementById("start").onclick = run;
 </script></body></html>
 """
 
