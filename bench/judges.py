@@ -16,7 +16,7 @@ from bench.common import ROOT, run_script
 def can_judge(judge, data):
     """Whether a judge knows a data set; that of photos and that of labels need class ids."""
     if judge in ("photos", "labels"):
-        return data in ("toy", "cityscapes") or Path(data).is_dir()
+        return data == "toy" or Path(data).is_dir()
     return data == "toy" or (judge, data) == ("digits", "mnist")
 
 

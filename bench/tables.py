@@ -215,7 +215,7 @@ def options(parser):
     """What it takes."""
     add = parser.add_argument
     add("tables", nargs="*", metavar="NAME", help=f"which (all): {', '.join(TABLES)}")
-    sets = "toy, mnist, cityscapes, or a folder of pairs photo | labels with class ids (see bench fcn)"
+    sets = "toy, mnist, or a folder of pairs photo | labels with class ids (see bench fcn)"
     add("--data", nargs="+", default=["toy"], help=f"{sets}; each table takes those that it can be made on")
     add("--data-root", type=Path, default=Path("data"), help="where downloads and trained judges are kept (data)")
     add("--seeds", type=int, default=3, help="runs of each row, with seeds from 0 up (3)")
