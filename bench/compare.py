@@ -130,7 +130,6 @@ def main(argv=None):
     widths = [max(map(len, column)) for column in zip(*lines)]
     for line in lines:
         print("  ".join(text.rjust(width) for text, width in zip(line, widths)))
-    fid.warn(min(rows, key=lambda row: row.get("n_samples", count)))
     grids = {name: grid(fid.Images("--samples", folder, args.resize)) for name, folder in zip(names, folders)}
     save(args.out / "compare.html", page(lines, {"real": grid(fid.Images("--real", args.real, args.resize))} | grids))
     save(args.out / "compare.json", json.dumps({"measure": "compare", "rows": rows}, indent=2) + "\n")

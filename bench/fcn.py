@@ -29,18 +29,7 @@ from tqdm import tqdm
 
 import pix2pix
 from bench import common, fcn8s
-from bench.common import (
-    WEIGHTS,
-    fail,
-    file_hash,
-    find_device,
-    one_size,
-    parse,
-    read_image,
-    read_weights,
-    save_weights,
-    write,
-)
+from bench.common import WEIGHTS, fail, file_hash, one_size, read_image, read_weights
 
 CLASSES = {"camvid": 11}  # by the folder's name; its id 11 is for what has no label
 IGNORED = 255
@@ -305,7 +294,7 @@ def trained(scenes, args, shape):
         torch.manual_seed(0)
         net = Small(scenes.classes, TOY_WIDTHS if args.data == "toy" else WIDTHS).to(args.device)
         train(net, photos, ids, args.epochs, args.device)
-    save_weights(path, net)
+    common.save_weights(path, net)
     return path
 
 
@@ -364,7 +353,7 @@ def fill_in(args):
     parser = ArgumentParser()
     options(parser)
     args = Namespace(**vars(parser.parse_args(["--samples", "."])) | vars(args))
-    args.epochs, args.device = args.epochs or (12 if args.data == "toy" else 20), find_device(args.device)
+    args.epochs, args.device = args.epochs or (12 if args.data == "toy" else 20), common.find_device(args.device)
     return args
 
 
@@ -410,7 +399,7 @@ def measure(args):
 
 def main(argv=None):
     """Print the scores of --samples and, on a line of their own, those of real images."""
-    args = parse(argv, "fcn", __doc__, options)
+    args = common.parse(argv, "fcn", __doc__, options)
     row = measure(args)
     print(f"real {row['of']}:", ", ".join(f"{metric} {row[f'real_{metric}']:.4g}" for metric in METRICS))
-    write(args, row)
+    common.write(args, row)

@@ -174,6 +174,8 @@ def measure_all(args, folders):
     real = extract(net, real, device)
     scale = real.square().mean().sqrt() if args.features == "scorer" else 1  # KID's kernel is made for such numbers
     rows = [compare(extract(net, images, device) / scale, real / scale) for images in samples]
+    if (few := min(len(real), *map(len, samples))) < ENOUGH:
+        print(f"FID rests on {few} images: with fewer than {ENOUGH:,} it comes out too high, so look at KID")
     return [{"measure": "fid"} | row | about | {"torch_fidelity": torch_fidelity.__version__} for row in rows]
 
 
@@ -182,16 +184,7 @@ def measure(args):
     return measure_all(args, [args.samples])[0]
 
 
-def warn(row):
-    """Say if FID rests on few images."""
-    if row["fid_biased"]:
-        few = min(row["n_samples"], row["n_real"])
-        print(f"FID rests on {few} images: with fewer than {ENOUGH:,} it comes out too high, so look at KID")
-
-
 def main(argv=None):
     """Print how far --samples are from --real."""
     args = parse(argv, "fid", __doc__, options)
-    row = measure(args)
-    warn(row)
-    write(args, row)
+    write(args, measure(args))

@@ -19,8 +19,7 @@ def load(run, seed):
     """A run's settings, its G and D with running averages, and a D of the same shape with random weights."""
     checkpoint = read_weights(run / "last.pt")
     try:
-        known = vars(dcgan.get_args(["--device", "cpu", "--precision", "fp32"]))
-        args = argparse.Namespace(**known | checkpoint["settings"])
+        args = argparse.Namespace(**vars(dcgan.get_args([])) | checkpoint["settings"] | {"device": "cpu"})
         trained = dcgan.build(args)
         for name in "GD":
             trained[name].load_state_dict(checkpoint[name])

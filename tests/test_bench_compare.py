@@ -44,14 +44,14 @@ def test_folders(tmp_path, capsys):
     with pytest.raises(SystemExit, match=r"far/000.jpg has 14x14 pixels.*--resize"):
         rows_of("--real", "real", "--samples", "ours=near", "theirs=far", *SCORER)
     near, far = rows_of("--real", "real", "--samples", "ours=near", "theirs=far", "--resize", 28, *SCORER)
+    lines = capsys.readouterr().out.splitlines()
     parser = ArgumentParser()
     fid.options(parser)
     alone = fid.measure(parser.parse_args(["--samples", "far", "--real", "real", "--resize", "28", *SCORER]))
     assert far == {"name": "theirs"} | alone and near["kid"] < far["kid"]
     assert (near["n_samples"], near["n_real"], far["n_samples"]) == (50, 60, 40)
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split()[:2] == ["KID", "±"] and [line.split()[0] for line in lines[1:3]] == ["ours", "theirs"]
-    assert all(near["weights"] in line for line in lines[1:3]) and "FID rests on 40 images" in lines[3]
+    assert lines[1].split()[:2] == ["KID", "±"] and [line.split()[0] for line in lines[2:4]] == ["ours", "theirs"]
+    assert all(near["weights"] in line for line in lines[2:4]) and "FID rests on 40 images" in lines[0]
     page = (tmp_path / "out" / "compare.html").read_text()
     assert page.count('src="data:image/png;base64,') == 3 and "http" not in page and near["weights"] in page
 

@@ -71,15 +71,6 @@ def test_classifier_knows_shapes():
             assert shapes.classify(net, some).eq(labels).all(1).float().mean() > 0.99
 
 
-def test_classifier_can_be_trained_again(tmp_path, monkeypatch):
-    """Where its file is not there, by the same function; few images teach something."""
-    few = text2img.shapes
-    monkeypatch.setattr(text2img, "shapes", lambda count, *rest: few(count // 10, *rest, size=28))
-    monkeypatch.setattr(shapes, "FILE", tmp_path / "weights" / "shapes.pt")
-    net, (images, _, labels) = shapes.classifier(), few(200, 1)
-    assert shapes.classify(net, images).eq(labels).float().mean() > 0.8 and shapes.FILE.stat().st_size < 2**20
-
-
 def test_bad_arguments(run, tmp_path):
     (tmp_path / "birds").mkdir()
     (tmp_path / "birds" / "config.json").write_text('{"data": "birds", "size": 64}')
