@@ -63,6 +63,7 @@ def options(parser):
     add = parser.add_argument
     add("--samples", type=Path, required=True, help="folder of images, 28x28 pixels")
     add("--data", choices=("toy", "mnist"), default="toy", help="what they should look like (toy)")
+    add("--data-root", type=Path, default=Path("data"), help="where MNIST lies, or goes to (data)")
     add("--out", type=Path, help="JSON file for the result")
 
 
