@@ -180,10 +180,11 @@ def measure(script, size, variants, device, rounds=8, seconds=2.0):
     once = {name: min(seconds_of(call, 1, device) for _ in range(2)) for name, call in calls.items()}
     loops = {name: math.ceil(0.02 / once[name]) for name in calls}  # so long that the clock does not show
     rounds = max(rounds, math.ceil(seconds / max(once[name] * loops[name] for name in calls)))
-    times = {name: [] for name in calls}
+    times, names = {name: [] for name in calls}, list(calls)
     for _ in range(rounds):
-        for name, call in calls.items():
-            times[name].append(seconds_of(call, loops[name], device))
+        for name in names:
+            times[name].append(seconds_of(calls[name], loops[name], device))
+        names.append(names.pop(0))  # so that none always follows the same one
     peaks = {name: amount / statistics.median(times[name]) for name, (_, amount) in work.items()}
     for variant, row in rows.items():
         peak, plain = peaks[row["kind"], row["precision"]], times.get(f"plain {row['precision']}")
