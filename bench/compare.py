@@ -30,6 +30,7 @@ COLUMNS = {  # of a row: heading, format
     "pixel_accuracy": ("pixel accuracy", "{:.3f}"),
     "class_accuracy": ("class accuracy", "{:.3f}"),
     "class_iou": ("class IoU", "{:.3f}"),
+    "scorers": ("scorers", "{}"),
     "n_samples": ("samples", "{}"),
     "n_real": ("real", "{}"),
     "features": ("features", "{}"),
@@ -52,12 +53,15 @@ def find_folder(folder, count):
         return folder / "test"
     if script == "cyclegan":
         fail(f"{folder} is a run of cyclegan.py: give {folder}/test/AtoB or {folder}/test/BtoA")
-    if not (folder / "sampled").is_dir():
+    drawn = folder / "sampled"
+    if not drawn.is_dir():
         if script not in ("gan", "cgan", "dcgan"):
             fail(f"{folder} has no folder sampled: draw images with its script's --sample first")
-        print(f"{script}.py draws {count} images into {folder}/sampled", flush=True)
+        print(f"{script}.py draws {count} images into {drawn}", flush=True)
         run_script(ROOT / f"{script}.py", folder, "--sample", count)
-    return folder / "sampled"
+    elif drawn.stat().st_mtime < (folder / "last.pt").stat().st_mtime:
+        print(f"{drawn} was drawn before {folder}/last.pt was written")
+    return drawn
 
 
 def fcn_scores(args, folders):
@@ -70,14 +74,14 @@ def fcn_scores(args, folders):
     names, classes = sorted(ids), fcn.count_classes(ids.values())
     shape = (args.resize, args.resize) if args.resize else one_size(photos.values())[::-1]
     given = {"data": args.real, "cache": args.cache, "device": args.device, "epochs": max(20, 5000 // len(names))}
-    given, totals = fcn.fill_in(Namespace(**given)), [0] * len(found)
+    given, totals, hashes = fcn.fill_in(Namespace(**given)), [0] * len(found), []
     halves = [fcn.photos_with_ids({name: photos[name] for name in names[k::2]}, ids, classes) for k in (0, 1)]
     for known, judged in (halves, halves[::-1]):
-        net, size, _, _ = fcn.find_segmenter(given, shape, known)
+        net, size, _, weights = fcn.find_segmenter(given, shape, known)
         look = partial(fcn.see, net, size, given.device)
         counts = [fcn.count(judged, fcn.named(judged, files, shape), look) for files in found]
-        totals = [total + some for total, some in zip(totals, counts)]
-    return [fcn.scores(total) for total in totals]
+        totals, hashes = [total + some for total, some in zip(totals, counts)], [*hashes, weights]
+    return [fcn.scores(total) | {"scorers": " ".join(hashes)} for total in totals]
 
 
 def grid(images, count=36):

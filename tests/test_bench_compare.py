@@ -2,6 +2,7 @@
 
 import html
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -56,7 +57,7 @@ def test_folders(tmp_path, capsys):
     assert page.count('src="data:image/png;base64,') == 3 and "http" not in page and near["weights"] in page
 
 
-def test_runs_stand_for_what_they_made(tmp_path, monkeypatch):
+def test_runs_stand_for_what_they_made(tmp_path, monkeypatch, capsys):
     """Of pix2pix.py its translations, of the others what they have drawn, or what they draw now."""
     write_digits(tmp_path / "real", 5, 0)
     for script, made in (("pix2pix", "test"), ("dcgan", "sampled"), ("gan", None), ("cyclegan", "test")):
@@ -71,7 +72,9 @@ def test_runs_stand_for_what_they_made(tmp_path, monkeypatch):
         write_digits(tmp_path / "gan" / "sampled", 5, 2)
 
     monkeypatch.setattr(compare, "run_script", run_script)
+    os.utime(tmp_path / "dcgan" / "sampled", (0, 0))
     rows = rows_of("--real", "real", "--samples", "a=pix2pix", "b=dcgan", "c=gan", *SCORER)
+    assert "dcgan/sampled was drawn before dcgan/last.pt was written" in capsys.readouterr().out
     assert [(row["name"], row["n_samples"]) for row in rows] == [("a", 4), ("b", 4), ("c", 5)]
     assert asked == [(compare.ROOT / "gan.py", Path("gan"), "--sample", 5)]
     with pytest.raises(SystemExit, match="cyclegan/test/AtoB"):
@@ -94,7 +97,7 @@ def test_fcn_score_by_halves(tmp_path, monkeypatch):
 
     def find_segmenter(args, shape, scenes):
         learned.append(scenes.names)
-        return lambda x: torch.stack([x[:, 0], x[:, 1]], 1), shape, "", ""  # red or green
+        return lambda x: torch.stack([x[:, 0], x[:, 1]], 1), shape, "", f"net{len(learned)}"  # red or green
 
     monkeypatch.setattr(fcn, "find_segmenter", find_segmenter)
     monkeypatch.setattr(fid, "measure_all", lambda args, folders: [{"n_samples": 6, "fid_biased": False}] * 2)
@@ -103,6 +106,7 @@ def test_fcn_score_by_halves(tmp_path, monkeypatch):
     good, grey, real = rows_of("--real", "real", "--samples", "good=good", "grey=grey", "--classes", "ids")
     assert learned == [["0", "2", "4"], ["1", "3", "5"]] and judged == [learned[1]] * 3 + [learned[0]] * 3
     assert good["class_iou"] == real["class_iou"] == 1 and real["name"] == "real"
+    assert good["scorers"] == real["scorers"] == "net1 net2"
     assert grey["class_accuracy"] == 0.5  # all is the first class
     (tmp_path / "grey" / "3.png").unlink()
     with pytest.raises(SystemExit, match="--classes ids has 3, but grey has no image of that name"):
