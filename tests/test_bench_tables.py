@@ -127,9 +127,6 @@ def test_few_images_for_fid():
     assert "fewer" not in table("variants", [result("dcgan", fid=enough)])[1]
 
 
-# -- README.md, RESULTS.md and the page ------------------------------------------------------------------------------
-
-
 def test_published_tables_are_up_to_date():
     """README.md between its markers and RESULTS.md hold what `python -m bench report` makes of bench/results."""
     found = [json.loads(path.read_text("utf-8")) for path in sorted((ROOT / "bench" / "results").glob("*.json"))]
@@ -174,9 +171,6 @@ def test_curves(tmp_path):
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in result()["log"]))
     main(["curves", str(tmp_path), str(tmp_path / "."), "--to", "curves.png"])
     assert len(set(Image.open("curves.png").convert("RGB").get_flattened_data())) > 10
-
-
-# -- runs ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
