@@ -1,8 +1,8 @@
 """What the measures share: images of any kind, digits, weights that come with the bench, results as JSON."""
 
-import argparse
 import base64
 import hashlib
+import html
 import io
 import json
 import os
@@ -10,32 +10,27 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torchvision import datasets
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT))
 import gan  # noqa: E402
+import pix2pix  # noqa: E402
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm")
-RUN_OPTION = "--run"  # of the scripts
+SUFFIXES = (*pix2pix.IMAGES, ".gif", ".ppm")
 WEIGHTS = Path(__file__).parent / "weights"  # of the bench's own networks: the same on every machine
+
+PAGE = """<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>{}</title><style>
+:root {{ color-scheme: light dark; }} body {{ font: 16px/1.5 sans-serif; }} pre {{ overflow-x: auto; }}
+figure {{ display: inline-block; margin: .5rem; }} img {{ width: 30rem; image-rendering: pixelated; }}
+</style></head><body><pre>{}</pre>"""
 
 
 def fail(sentence):
     """End with one sentence for the user."""
     sys.exit(f"bench: {sentence}")
-
-
-def parse(argv, command, about, options):
-    """The options of a command, which is described by the first paragraph of its module's docstring."""
-    parser = argparse.ArgumentParser(f"python -m bench {command}", description=about.partition("\n\n")[0])
-    parser.error = fail
-    options(parser)
-    return parser.parse_args(argv)
 
 
 def find_device(name):
@@ -50,12 +45,21 @@ def find_device(name):
 
 
 def find_images(folder, option="--samples"):
-    """{name: file} of all images in a folder and below, by name; a name that is taken has its folder before it."""
+    """{name: file} of all images in a folder and below. A name that is taken has its folder before it."""
     found = {}
     for file in sorted(folder.rglob("*")):
         if file.suffix.lower() in SUFFIXES and file.name[0] != ".":
-            found[str(file.relative_to(folder)) if file.stem in found else file.stem] = file
+            name = file.stem.removesuffix("_leftImg8bit")  # of Cityscapes: its other files end otherwise
+            found[str(file.relative_to(folder)) if name in found else name] = file
     return found or fail(f"{option} {folder} is no folder of images ({', '.join(SUFFIXES)})")
+
+
+def read_image(file):
+    """An image as the scripts read it: a Pillow image, upright, in RGB; what is transparent is white."""
+    try:
+        return pix2pix.read_image(file)
+    except SystemExit as error:
+        fail(str(error).removeprefix("pix2pix: "))
 
 
 def one_size(files):
@@ -69,22 +73,6 @@ def one_size(files):
     return first
 
 
-def read_image(file):
-    """An image as Pillow has it, upright, in RGB; what is transparent is white."""
-    try:
-        with Image.open(file) as opened:
-            image = ImageOps.exif_transpose(opened)
-            if image.mode in ("I", "F"):
-                raise ValueError("its pixels have 32 bits: save it with 8 or 16")
-            if image.mode.startswith("I;16"):
-                image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
-            if image.has_transparency_data:
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-            return image.convert("RGB")
-    except Exception as error:  # Pillow raises many kinds
-        fail(f"{file} cannot be read as an image ({error})")
-
-
 def read_samples(folder):
     """The images of a folder in grey, uint8 (N, 1, 28, 28), and their names."""
     files = find_images(folder)
@@ -93,25 +81,34 @@ def read_samples(folder):
     return torch.stack([pil_to_tensor(read_image(file).convert("L")) for file in files.values()]), [*files]
 
 
-def read_digits(args, split):
+def read_digits(data, data_root, split):
     """Images uint8 (N, 1, 28, 28) and labels (N,) of "train", "valid" or "test", split as by GAN's authors."""
-    if args.data == "toy":
+    if data == "toy":
         count, seed = {"train": (10000, 0), "valid": (2000, 1), "test": (2000, 2)}[split]
         return gan.digits(count, seed)
     try:
-        data = datasets.MNIST(args.data_root, train=split != "test", download=True)
+        mnist = datasets.MNIST(data_root, train=split != "test", download=True)
     except Exception as error:
-        fail(f"MNIST is not below --data-root {args.data_root} and cannot be downloaded ({error})")
+        fail(f"MNIST is not below --data-root {data_root} and cannot be downloaded ({error})")
     part = {"train": slice(50000), "valid": slice(50000, None), "test": slice(None)}[split]
-    return data.data[part, None], data.targets[part]
+    return mnist.data[part, None], mnist.targets[part]
+
+
+def digit_options(parser):
+    """The options of what measures a folder of digits."""
+    add = parser.add_argument
+    add("--samples", type=Path, required=True, help="folder of images, 28x28 pixels")
+    add("--data", choices=("toy", "mnist"), default="toy", help="what they should look like (%(default)s)")
+    add("--data-root", type=Path, default="data", help="where MNIST lies, or goes to (%(default)s)")
+    add("--out", type=Path, help="JSON file for the result")
 
 
 def run_script(script, run, *options):
     """Let a script use its run folder, in a process of its own; what it refuses is said in its words."""
-    command = [sys.executable, script, RUN_OPTION, run, *options]
+    command = [sys.executable, ROOT / script, "--out", run, *options]
     child = subprocess.run([*map(str, command)], capture_output=True, text=True)
     if child.returncode:
-        said = child.stderr.strip().splitlines() or [f"{Path(script).name} ended with status {child.returncode}"]
+        said = child.stderr.strip().splitlines() or [f"{script} ended with status {child.returncode}"]
         sys.exit(said[-1])
 
 
@@ -126,31 +123,40 @@ def save(path, data):
     os.replace(part, path)
 
 
-def data_uri(image):
-    """A Pillow image as an address that holds it, for pages that need nothing else."""
+def data_uri(write):
+    """A picture as an address that holds it; `write` is the `save` of an image or the `savefig` of a figure."""
     file = io.BytesIO()
-    image.save(file, "PNG")
+    write(file, format="png")
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 
-def write(args, row):
-    """Print a result in one line, and write it to --out."""
+def page(title, text, figures):
+    """A page that needs nothing else: a text, and below it figures (caption, addresses of pictures)."""
+    parts = [PAGE.format(html.escape(title), html.escape(text))]
+    for caption, pictures in figures:
+        images = "".join(f'<img alt="" src="{picture}">' for picture in pictures)
+        parts.append(f"<figure><figcaption>{html.escape(caption)}</figcaption>{images}</figure>")
+    return "\n".join([*parts, "</body></html>\n"])
+
+
+def write(row, path):
+    """Print a result in one line and, if there is a path, write it there as JSON."""
     texts = (f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in row.items())
     print(", ".join(texts))
-    if args.out:
-        save(args.out, json.dumps(row, indent=2) + "\n")
+    if path:
+        save(path, json.dumps(row, indent=2) + "\n")
 
 
-def save_weights(path, net, **facts):
-    """Write the weights of a network in half precision, and what else is to be known of it."""
+def save_weights(path, net):
+    """Write the weights of a network in half precision."""
     file = io.BytesIO()
     halves = {name: value.half() if value.is_floating_point() else value for name, value in net.state_dict().items()}
-    torch.save({"weights": halves} | facts, file)
+    torch.save({"weights": halves}, file)
     save(path, file.getvalue())
 
 
 def read_weights(path):
-    """What `save_weights`, or anyone's torch.save, has written, without running code that the file may hold."""
+    """What torch.save has written, without running code that the file may hold."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:

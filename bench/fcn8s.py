@@ -4,8 +4,6 @@ The network is that of the pix2pix authors' scripts/eval_cityscapes/caffemodel/d
 its names; their fcn-8s-cityscapes.caffemodel is a protobuf message of the types in caffe.proto.
 """
 
-import mmap
-
 import numpy as np
 import torch
 from torch import nn
@@ -45,9 +43,7 @@ class FCN8s(nn.Module):
                 x = F.relu(self.get_submodule(f"conv{level}_{i}")(x))
             x = F.max_pool2d(x, 2, ceil_mode=True)  # Caffe rounds up
             pooled.append(x)
-        for layer in (self.fc6, self.fc7):
-            x = F.dropout(F.relu(layer(x)), training=self.training)
-        x = self.upscore2(self.score_fr(x))
+        x = self.upscore2(self.score_fr(F.relu(self.fc7(F.relu(self.fc6(x))))))  # their dropout is for training
         x = self.upscore_pool4(x + crop(self.score_pool4(pooled[3]), 5, x))
         x = self.upscore8(x + crop(self.score_pool3(pooled[2]), 9, x))
         return x[:, :, 31 : 31 + high, 31 : 31 + wide]
@@ -64,37 +60,33 @@ def crop(x, offset, like):
 def read_varint(data, at):
     """A number of seven bits a byte, lowest first, at a place in `data`. -> the number, and where it ends."""
     value, shift = 0, 0
-    while True:
+    while data[at] > 127:
         value |= (data[at] & 127) << shift
         at, shift = at + 1, shift + 7
-        if data[at - 1] < 128:
-            return value, at
+    return value | data[at] << shift, at + 1
 
 
 def fields(data):
-    """Yields number and value of each field of a protobuf message that has a length, as a memoryview."""
+    """Yields number and value, a memoryview, of each field of a protobuf message that has a length."""
     at, fixed = 0, {1: 8, 5: 4}  # bytes of the wire types that have no length
     while at < len(data):
         tag, at = read_varint(data, at)
         kind = tag & 7
         if kind == 0:
             _, at = read_varint(data, at)
-            continue
-        size, at = read_varint(data, at) if kind == 2 else (fixed[kind], at)
-        if size > len(data) - at:
-            raise ValueError("it is cut off")
-        if kind == 2:
+        elif kind == 2:
+            size, at = read_varint(data, at)
             yield tag >> 3, data[at : at + size]
-        at += size
+            at += size
+        else:
+            at += fixed[kind]
 
 
 def read_caffemodel(path):
     """{layer: [weight, bias]}, flat arrays, of a NetParameter of either kind that Caffe has written."""
-    with open(path, "rb") as file:
-        data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
     kinds = {100: (1, 7), 2: (4, 6)}  # LayerParameter and V1LayerParameter: the fields of the name and of the blobs
     layers = {}
-    for number, layer in fields(data):
+    for number, layer in fields(memoryview(path.read_bytes())):
         if number in kinds:
             name_field, blob_field = kinds[number]
             found = [*fields(layer)]
@@ -105,7 +97,7 @@ def read_caffemodel(path):
 
 
 def load(path, net=None):
-    """The FCN-8s whose weights are in a .caffemodel, in evaluation mode; `net` is one of other widths."""
+    """The FCN-8s whose weights are in a .caffemodel; `net` is one of other widths."""
     try:
         net, layers = net or FCN8s(), read_caffemodel(path)
         for name, layer in net.named_children():
@@ -113,4 +105,4 @@ def load(path, net=None):
                 weight.data = torch.from_numpy(values.copy()).view(weight.shape)
     except Exception as error:  # of many kinds
         fail(f"--segmenter {path} is no .caffemodel of FCN-8s ({error or type(error).__name__})")
-    return net.eval()
+    return net

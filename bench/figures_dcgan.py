@@ -1,32 +1,29 @@
-"""What a trained dcgan.py has learned, after Radford et al. (2016): guided back-propagation, forgetting, a probe."""
+"""What D of a trained dcgan.py has learned (Radford et al. 2016): guided back-propagation, and a probe by digits."""
 
 import argparse
-import json
 from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
 from torch import nn
 from torch.nn import functional as F
-from torchvision.utils import draw_bounding_boxes, make_grid
+from torchvision.utils import make_grid
 
 import dcgan
-from bench import linear
-from bench.common import fail, parse, read_digits, read_weights, write
+from bench.common import fail, read_digits
+
+COSTS = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2)  # to choose from, as in the authors' svhn_semisup_analysis.py
+FEW = 100  # labels of each digit, as many as the paper has of SVHN (Sec. 5.2)
 
 
-def load(run, seed):
-    """A run's settings, its G and D with running averages, and a D of the same shape with random weights."""
-    checkpoint = read_weights(run / "last.pt")
-    try:
-        args = argparse.Namespace(**vars(dcgan.get_args([])) | checkpoint["settings"] | {"device": "cpu"})
-        trained = dcgan.build(args)
-        for name in "GD":
-            trained[name].load_state_dict(checkpoint[name])
-    except (KeyError, RuntimeError):
-        fail(f"--run {run} is no run of dcgan.py")
-    random = dcgan.build(argparse.Namespace(**vars(args) | {"seed": seed + 1}))["D"]
-    return args, trained["G"].eval(), trained["D"].eval(), random
+def load(run):
+    """A run's settings, its D with running averages, and a D of the same shape with random weights."""
+    checkpoint = dcgan.load_checkpoint(run)
+    settings = argparse.Namespace(**checkpoint["settings"] | {"device": "cpu"})
+    trained = dcgan.build(settings)["D"]
+    trained.load_state_dict(checkpoint["D"])
+    settings.seed += 1
+    return settings, trained.eval(), dcgan.build(settings)["D"]
 
 
 @torch.no_grad()
@@ -59,21 +56,6 @@ def hidden(D, x, guided=False):
     return found
 
 
-def paint(path, parts):
-    """Sheets below each other: for each title the images (N, C, S, S) in [0, 1], and how many are in a row."""
-    grids = [make_grid(images, across, pad_value=0.5) for images, across in parts.values()]
-    heights = [grid.shape[1] / grid.shape[2] for grid in grids]
-    figure = Figure((9, sum(9 * height + 0.4 for height in heights)), layout="tight")
-    panels = figure.subplots(len(grids), height_ratios=heights, squeeze=False)[:, 0]
-    for axes, title, grid in zip(panels, parts, grids):
-        axes.imshow(grid.permute(1, 2, 0).numpy(), interpolation="nearest")
-        axes.set_title(title, loc="left", fontsize=10)
-        axes.axis("off")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=100)
-    print(f"painted {path}")
-
-
 # -- guided back-propagation (Sec. 6.1, Fig. 5; Springenberg et al., arXiv:1412.6806) -------------------------------
 
 
@@ -101,89 +83,7 @@ def exciting(D, x, filters=6, count=6):
     return torch.cat(pairs)
 
 
-# -- forgetting (Sec. 6.3.2, Fig. 6) --------------------------------------------------------------------------------
-
-
-def codes(nz, seed, count):
-    """z (count, nz), uniform in [-1, 1]; the first ones are those of a smaller count."""
-    return 2 * torch.rand(count, nz, generator=torch.Generator().manual_seed(seed)) - 1
-
-
-def maps_of(G, z):
-    """G's second-highest features, after norm and ReLU. (N, nz) -> (N, maps, side, side)."""
-    return G.layers[:-5](z[:, :, None, None])  # above are a convolution, norm and ReLU; a convolution and tanh
-
-
-@torch.no_grad()
-def redraw(G, z, dropped):
-    """Samples of z, uint8 (N, C, S, S), from features of which the maps that are `dropped`, bool (maps,), are zero."""
-    x = G.layers[-5:](maps_of(G, z) * ~dropped[:, None, None])
-    return (x * 127.5 + 127.5).round().byte()
-
-
-def read_boxes(path, size):
-    """{number of a sample: [[left, top, right, bottom], ...]} in pixels, from a JSON file."""
-    try:
-        boxes = {int(number): found for number, found in json.loads(path.read_text()).items() if found}
-        left, top, right, bottom = torch.tensor([box for found in boxes.values() for box in found]).T
-        if min(*left, *top) < 0 or max(*right, *bottom) > size or min(*(right - left), *(bottom - top)) < 1:
-            raise ValueError("a box has no pixels, or reaches beyond")
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        form = '{"3": [[left, top, right, bottom], ...], ...}'
-        fail(f"--boxes {path}: give JSON like {form}, in pixels from 0 to {size} ({error})")
-    return boxes
-
-
-def inside(boxes, size, side):
-    """Which of side x side features, or pixels, have their middle in a box on an image of `size`. -> (side, side)."""
-    middle, found = (torch.arange(side) + 0.5) * size / side, torch.zeros(side, side, dtype=torch.bool)
-    for left, top, right, bottom in boxes:
-        found |= ((top < middle) & (middle < bottom))[:, None] & (left < middle) & (middle < right)
-    return found
-
-
-def find_maps(maps, marks, seed=0):
-    """Which features (N, maps, side, side) tell of the marked places, bool (N, side, side). -> bool (maps,).
-
-    They have a positive weight in a logistic regression of these places against four times as many at random in the
-    same images.
-    """
-    features, rng = maps.permute(0, 2, 3, 1), torch.Generator().manual_seed(seed)
-    positive, places = features[marks], features.flatten(0, 2)
-    negative = places[torch.randint(len(places), (4 * len(positive),), generator=rng)]
-    targets = torch.cat([torch.ones(len(positive), 1), -torch.ones(len(negative), 1)])
-    return linear.fit(torch.cat([positive, negative]), targets, linear.logistic, 1.0)[0][:, 0] > 0
-
-
-def outlined(images, boxes):
-    """uint8 images (N, C, S, S), four times as large, with their boxes in red. -> (N, 3, 4 * S, 4 * S) in [0, 1]."""
-    large = images.repeat_interleave(4, 2).repeat_interleave(4, 3).expand(-1, 3, -1, -1)
-    edges = [4 * torch.tensor(found) - torch.tensor([0, 0, 1, 1]) for found in boxes]  # the last pixels are in the box
-    return torch.stack([draw_bounding_boxes(*pair, colors="red") for pair in zip(large, edges)]) / 255
-
-
-def paint_forgotten(path, args, G, boxes, seed):
-    """Fig. 6: ten samples with boxes, without the maps found in these; below, the same for ten that nobody marked."""
-    z = codes(args.nz, seed, max(boxes) + 1)[[*boxes]]
-    with torch.no_grad():
-        maps = maps_of(G, z)
-    marks = torch.stack([inside(found, args.size, maps.shape[3]) for found in boxes.values()])
-    pixels = torch.stack([inside(found, args.size, args.size) for found in boxes.values()])
-    if not marks.any() or pixels.all():
-        fail(f"--boxes: mark {args.size // maps.shape[3]} pixels or more a side, and leave something beside them")
-    dropped = find_maps(maps, marks, seed)
-    nothing, count = torch.zeros_like(dropped), f"{int(dropped.sum())} of {len(dropped)} maps"
-    before, after = redraw(G, z, nothing), redraw(G, z, dropped)
-    change = (after.float() - before).abs().mean(1)
-    print(f"without {count} pixels change by {change[pixels].mean():.1f} of 255 in the boxes, ", end="")
-    print(f"{change[~pixels].mean():.1f} beside")
-    new, shown = codes(args.nz, seed + 1, 10), min(10, len(z))
-    old = torch.cat([outlined(before[:10], boxes.values()), outlined(after[:10], boxes.values())])
-    fresh = torch.cat([redraw(G, new, nothing), redraw(G, new, dropped)]) / 255
-    paint(path, {f"marked samples, and without {count}": (old, shown), "new samples": (fresh, 10)})
-
-
-# -- the probe (Sec. 5) ---------------------------------------------------------------------------------------------
+# -- the probe (Sec. 5): an L2-SVM on features ----------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -193,48 +93,82 @@ def pooled(D, x):
     return torch.cat([torch.cat(row, 1) for row in rows])
 
 
-def probe(nets, x, labels, few=100, repeats=10):
-    """Accuracies of linear SVMs on features of `nets` and on pixels, with all labels and `few` a class, as a row."""
-    row = {"few_per_class": few, "repeats": repeats} | {f"n_{split}": len(found) for split, found in labels.items()}
-    for name in (*nets, "pixels"):
-        features = {split: pooled(nets[name], some) if name in nets else some.flatten(1) for split, some in x.items()}
-        mean, _, cost = linear.probe(features, labels, [torch.arange(len(labels["train"]))])
-        row |= {f"features_{name}": features["test"].shape[1], f"accuracy_{name}": mean, f"cost_{name}": cost}
-        mean, deviation, cost = linear.probe(features, labels, linear.subsets(labels["train"], few, repeats))
-        row |= {f"few_accuracy_{name}": mean, f"few_deviation_{name}": deviation, f"few_cost_{name}": cost}
-    return row
+def fit(x, targets, cost):
+    """An L2-SVM of x (N, features) for each class of targets +-1 (N, classes): weights (features, classes) and bias.
+
+    It minimises |weights|^2 / 2 + cost * sum of max(0, 1 - target * (x @ weights + bias))^2.
+    """
+    weights = torch.zeros(x.shape[1], targets.shape[1], requires_grad=True)
+    bias = torch.zeros(targets.shape[1], requires_grad=True)
+    optimiser = torch.optim.LBFGS([weights, bias], max_iter=200, line_search_fn="strong_wolfe")
+
+    def objective():
+        optimiser.zero_grad()
+        hinge = (1 - targets * (x @ weights + bias)).clamp(min=0)
+        value = (weights**2).sum() / 2 + cost * (hinge**2).sum()
+        value.backward()
+        return value
+
+    optimiser.step(objective)
+    return weights.detach(), bias.detach()
+
+
+def probe(features, labels, count):
+    """Test accuracy of SVMs that learn from `count` examples of each digit, and their cost, the best for "valid".
+
+    `features` (N, n) and `labels` (N,) are dicts of the splits train, valid and test. Features are divided by their
+    root mean square over "train", so that a cost means the same for all kinds.
+    """
+    scale, found = features["train"].square().mean().sqrt(), []
+    x = {split: some / scale for split, some in features.items()}
+    chosen = torch.cat([(labels["train"] == digit).nonzero()[:count, 0] for digit in range(10)])
+    targets = 2.0 * F.one_hot(labels["train"][chosen], 10) - 1
+    for cost in COSTS:
+        weights, bias = fit(x["train"][chosen], targets, cost)
+        right = {split: (x[split] @ weights + bias).argmax(1).eq(labels[split]).double().mean() for split in x}
+        found.append((right["valid"].item(), right["test"].item(), cost))
+    _, accuracy, cost = max(found, key=lambda each: each[0])
+    return accuracy, cost
+
+
+# -- the command -----------------------------------------------------------------------------------------------------
 
 
 def options(parser):
     """What it takes."""
     add = parser.add_argument
-    add("--run", dest="folder", type=Path, required=True, help="run folder of dcgan.py")
-    add("--data", choices=("toy", "mnist"), help="labelled digits (those of the run)")
-    add("--data-root", type=Path, default=Path("data"), help="where MNIST lies, or goes to (data)")
-    add("--boxes", type=Path, help="JSON file of boxes on samples, by number, whose content to forget")
-    add("--seed", type=int, default=0, help="of the samples (%(default)s)")
-    add("--to", type=Path, default=Path("runs", "figures"), help="folder for the PNGs (%(default)s)")
+    add("--run", type=Path, required=True, help="run folder of dcgan.py on toy or MNIST digits")
+    add("--data-root", type=Path, default="data", help="where MNIST lies, or goes to (%(default)s)")
+    add("--to", type=Path, default="runs/figures", help="folder for the PNG (%(default)s)")
     add("--out", type=Path, help="JSON file for the result")
 
 
-def main(argv=None):
-    """Paint --to/dcgan-guided.png and -forget.png, or -numbered.png to draw boxes on; print the probe of D."""
-    args = parse(argv, "figures dcgan", __doc__, options)
-    settings, G, D, random = load(args.folder, args.seed)
-    if args.boxes:
-        paint_forgotten(args.to / "dcgan-forget.png", settings, G, read_boxes(args.boxes, settings.size), args.seed)
-    else:
-        images = redraw(G, codes(settings.nz, args.seed, 100), torch.zeros(len(G.layers[-5].weight), dtype=torch.bool))
-        paint(args.to / "dcgan-numbered.png", {"samples 0 to 99, ten in a row, for --boxes": (images / 255, 10)})
-    args.data = args.data or settings.data
-    if args.data not in ("toy", "mnist") or (settings.channels, settings.size) != (1, 28):
-        fail(f"--run {args.folder} is not of grey images of 28x28 pixels: there are no labels to probe it with")
-    digits = {split: read_digits(args, split) for split in ("train", "valid", "test")}
+def main(args):
+    """Paint --to/dcgan-guided.png: what excites D, beside a random one, and why. The row is that of the probe.
+
+    It has accuracies with all labels and with a few, by features of both and by pixels.
+    """
+    settings, trained, random = load(args.run)
+    if settings.data not in ("toy", "mnist") or settings.size != 28:
+        fail(f"--run {args.run} is not of digits of 28x28 pixels: there are no labels to probe it with")
     x, labels = {}, {}
-    for split, (images, labels[split]) in digits.items():
+    for split in ("train", "valid", "test"):
+        images, labels[split] = read_digits(settings.data, args.data_root, split)
         x[split] = images / 127.5 - 1
-    nets = {"trained": D, "random": average(random, x["train"])}
-    text = "D: six filters of the last convolution with features, what excites them most and why"
-    sheets = {f"{name} {text}": (exciting(net, x["test"]), 12) for name, net in nets.items()}
-    paint(args.to / "dcgan-guided.png", sheets)
-    write(args, {"measure": "probe", "run": args.folder.name, "data": args.data} | probe(nets, x, labels))
+    nets = {"trained": trained, "random": average(random, x["train"])}
+    figure = Figure((9, 10), layout="tight")
+    for axes, (name, D) in zip(figure.subplots(2), nets.items()):
+        axes.imshow(make_grid(exciting(D, x["test"]), 12, pad_value=0.5).permute(1, 2, 0))
+        axes.set_title(f"{name} D: six filters, what excites them most and why", loc="left")
+        axes.axis("off")
+    args.to.mkdir(parents=True, exist_ok=True)
+    figure.savefig(args.to / "dcgan-guided.png")
+    print(f"painted {args.to}/dcgan-guided.png")
+    row = {"measure": "probe", "run": args.run.name, "data": settings.data, "few_per_class": FEW}
+    row |= {f"n_{split}": len(found) for split, found in labels.items()}
+    for name in (*nets, "pixels"):
+        features = {split: pooled(nets[name], some) if name in nets else some.flatten(1) for split, some in x.items()}
+        row[f"features_{name}"] = features["test"].shape[1]
+        row[f"accuracy_{name}"], row[f"cost_{name}"] = probe(features, labels, None)
+        row[f"few_accuracy_{name}"], row[f"few_cost_{name}"] = probe(features, labels, FEW)
+    return row

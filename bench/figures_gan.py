@@ -12,7 +12,6 @@ import torch
 from matplotlib.figure import Figure
 
 import gan
-from bench.common import parse
 
 MEAN, WIDTH = 0.62, 0.1  # of the data; x lies in [0, 1]
 SETTINGS = "--size 1 --nz 1 --ngf 64 --ndf 32 --k 5 --batch-size 256 --optimiser adam --lr 1e-3"
@@ -50,20 +49,6 @@ def density(points, grid, width=0.012):
     return kernels.mean(1) / (width * math.sqrt(2 * math.pi))
 
 
-def distance(points):
-    """The earth mover's distance between `points` (N,) and the data: the mean way from quantile to quantile."""
-    levels = (torch.arange(len(points)) + 0.5) / len(points)
-    return (points.sort().values - torch.distributions.Normal(MEAN, WIDTH).icdf(levels)).abs().mean().item()
-
-
-@torch.no_grad()
-def look(state, grid):
-    """G(z) for evenly spaced z (4001,), and at `grid` (M,) the densities of the data and of G, and D."""
-    x = state["G"](torch.linspace(-1, 1, 4001)[:, None] * math.sqrt(3)).flatten()
-    data = torch.distributions.Normal(MEAN, WIDTH).log_prob(grid).exp()
-    return x, data, density(x, grid), state["D"](grid.view(-1, 1, 1, 1)).sigmoid()
-
-
 def panel(axes, caption, x, grid, data, ours, D):
     """One moment: p_data dotted, p_g solid, D dashed; below them where G takes 17 evenly spaced z."""
     highest = max(7.0, ours.max().item())
@@ -87,24 +72,25 @@ def options(parser):
     """What it takes."""
     add = parser.add_argument
     add("--seed", type=int, default=0, help="of training (%(default)s)")
-    add("--to", type=Path, default=Path("runs", "figures"), help="folder for the PNG (%(default)s)")
+    add("--to", type=Path, default="runs/figures", help="folder for the PNG (%(default)s)")
 
 
-def main(argv=None):
-    """Train from --seed and paint --to/gan-1d.png; print how far G's density and D are from where they should be."""
-    args = parse(argv, "figures gan", __doc__, options)
+def main(args):
+    """Train from --seed and paint --to/gan-1d.png; print how far G and D are from where they should be."""
     settings = gan.get_args([*SETTINGS.split(), "--seed", str(args.seed), "--device", "cpu", "--precision", "fp32"])
     state, grid = begin(settings), torch.linspace(0, 1, 1001)
-    step = gan.make_step(settings, state)
-    figure = Figure((2.5 * len(MOMENTS), 2.7), layout="tight")
-    for i, (caption, (count, rate_G, rate_D)) in enumerate(MOMENTS.items(), 1):
+    step, data = gan.make_step(settings, state), torch.distributions.Normal(MEAN, WIDTH).log_prob(grid).exp()
+    near, figure = (grid - MEAN).abs() < 2 * WIDTH, Figure((2.5 * len(MOMENTS), 2.7), layout="tight")
+    for axes, (caption, (count, rate_G, rate_D)) in zip(figure.subplots(1, len(MOMENTS)), MOMENTS.items()):
         learn(state, step, settings.k * settings.batch_size, count, rate_G, rate_D, caption.startswith("(d)"))
-        x, data, ours, D = look(state, grid)
-        near = (grid - MEAN).abs() < 2 * WIDTH
+        with torch.no_grad():
+            x = state["G"](torch.linspace(-1, 1, 4001)[:, None] * math.sqrt(3)).flatten()
+            D = state["D"](grid.view(-1, 1, 1, 1)).sigmoid()
+        ours = density(x, grid)
         half, best = (D - 0.5).abs()[near].mean(), (D - data / (data + ours)).abs()[near].mean()
-        print(f"{caption}: G's mean {x.mean():.3f} ({MEAN}), std {x.std():.3f} ({WIDTH}), distance {distance(x):.4f}")
-        print(f"    where the data lie mean |D - 1/2| {half:.3f}, |D - D*| {best:.3f}")
-        panel(figure.add_subplot(1, len(MOMENTS), i), caption, x, grid, data, ours, D)
+        print(f"{caption}: G's mean {x.mean():.3f} ({MEAN}), std {x.std():.3f} ({WIDTH})", end="; ")
+        print(f"where the data lie mean |D - 1/2| {half:.3f}, |D - D*| {best:.3f}")
+        panel(axes, caption, x, grid, data, ours, D)
     args.to.mkdir(parents=True, exist_ok=True)
     figure.savefig(args.to / "gan-1d.png", dpi=100)
     print(f"painted {args.to}/gan-1d.png")

@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 
 from bench import digits, fcn, fid, parzen, shapes
-from bench.common import ROOT, run_script
+from bench.common import find_device, read_digits, run_script
 
 
 def can_judge(judge, data):
@@ -21,10 +21,10 @@ def can_judge(judge, data):
 
 
 def measure(module, *flags):
-    """What a measure of the bench finds; flags that it does not have are left out."""
+    """The row that a command gives."""
     parser = argparse.ArgumentParser()
     module.options(parser)
-    return module.measure(parser.parse_known_args([*map(str, flags)])[0])
+    return module.main(parser.parse_args([*map(str, flags)]))
 
 
 def metric(value, row, **more):
@@ -39,7 +39,7 @@ def judge_translations(run, folder, args, of):
     images = folder / "test"
     if run.script == "cyclegan.py":  # on toy data A is the labels, in real pairs it is the photo
         images /= "AtoB" if (run.data == "toy") == (of == "photo") else "BtoA"
-    flags = ["--samples", images, "--data", run.data, "--data-root", args.data_root, "--cache", args.data_root]
+    flags = ["--samples", images, "--data", run.data, "--data-root", args.data_root]
     row = measure(fcn, *flags, *(["--labels"] if of == "labels" else []))
     names = {"pixel": "pixel_accuracy", "class": "class_accuracy", "iou": "class_iou"}
     return {f"{of}_{short}": metric(row[name], row, real=row[f"real_{name}"]) for short, name in names.items()}
@@ -56,13 +56,15 @@ def judge_sentences(run, folder, args):
 
 def judge_digits(run, folder, args):
     """Log-likelihood, which digits are drawn, and how far features of samples are from those of real digits."""
+    device = ["--device", args.device] if args.device else []
     with tempfile.TemporaryDirectory(dir=args.runs) as to:
-        more = ["--device", args.device] if args.device else []
-        run_script(ROOT / run.script, folder, "--sample", args.samples, "--seed", run.seed, "--to", to, *more)
+        run_script(run.script, folder, "--sample", args.samples, "--seed", run.seed, "--to", to, *device)
         places = ["--samples", to, "--data", run.data, "--data-root", args.data_root]
-        window = measure(parzen, *places)
-        seen = measure(digits, *places)
-        row = measure(fid, *places, "--cache", args.data_root, "--features", "scorer")
+        window, seen = measure(parzen, *places), measure(digits, *places)
+        real = read_digits(run.data, args.data_root, "train")[0].expand(-1, 3, -1, -1)
+        given = {"features": run.data, "data_root": args.data_root, "device": find_device(args.device)}
+        samples = [fid.Images("--samples", Path(to))]
+        (row,) = fid.measure(samples, real, samples[0].size, argparse.Namespace(**given))
     found = {"log_likelihood": metric(window["log_likelihood"], window, error=window["standard_error"])}
     found["log_likelihood"]["real"] = window["log_likelihood_of_training_images"]
     found |= {name: metric(row[name], row) for name in ("kid", "fid", "precision", "recall")}

@@ -4,16 +4,15 @@ A Gaussian of width sigma sits on each of 10,000 samples in [0, 1]; sigma is the
 validation images. The paper warns that the estimate has a high variance and does badly in many dimensions (Sec. 5).
 """
 
-import argparse
 import functools
 import math
-from pathlib import Path
 
 import torch
 
-from bench.common import parse, read_digits, read_samples, write
+from bench.common import digit_options, read_digits, read_samples
 
 WIDTHS = torch.logspace(-1, 0, 10).tolist()
+options = digit_options
 
 
 def log_likelihoods(points, samples, widths):
@@ -26,51 +25,29 @@ def log_likelihoods(points, samples, widths):
     return torch.cat(found, 1) - torch.tensor(scale, dtype=torch.float64)[:, None]
 
 
-def log_likelihood(points, samples, sigma):
-    """That of one width. -> (N,)."""
-    return log_likelihoods(points, samples, [sigma])[0]
-
-
 def fit(samples, valid, test):
     """sigma, mean and standard error of the log-likelihood of `test`, from uint8 images (N, ...) of all three."""
     samples, valid, test = (images.flatten(1).float() / 255 for images in (samples, valid[:1000], test))
     sigma = WIDTHS[log_likelihoods(valid, samples, WIDTHS).mean(1).argmax()]
-    found = log_likelihood(test, samples, sigma)
+    (found,) = log_likelihoods(test, samples, [sigma])
     return sigma, found.mean().item(), (found.std(correction=0) / len(found) ** 0.5).item()
 
 
 @functools.cache
 def reference(data, data_root, count):
     """What `fit` finds for as many training images: as good as samples can be expected to be."""
-    args = argparse.Namespace(data=data, data_root=data_root)
-    train, valid, test = (read_digits(args, split)[0] for split in ("train", "valid", "test"))
+    train, valid, test = (read_digits(data, data_root, split)[0] for split in ("train", "valid", "test"))
     return fit(train[:count], valid, test)
 
 
-def options(parser):
-    """What it takes."""
-    add = parser.add_argument
-    add("--samples", type=Path, required=True, help="folder of images, 28x28 pixels")
-    add("--data", choices=("toy", "mnist"), default="toy", help="what they should look like (toy)")
-    add("--data-root", type=Path, default=Path("data"), help="where MNIST lies, or goes to (data)")
-    add("--out", type=Path, help="JSON file for the result")
-
-
-def measure(args):
+def main(args):
     """The row of --samples: log-likelihood of test images under them, and under as many training images."""
     samples = read_samples(args.samples)[0][:10000]
-    valid, test = (read_digits(args, split)[0] for split in ("valid", "test"))
+    if len(samples) < 10000:
+        print(f"the protocol takes 10000 samples, here are {len(samples)}: expect a lower number")
+    valid, test = (read_digits(args.data, args.data_root, split)[0] for split in ("valid", "test"))
     sigma, mean, error = fit(samples, valid, test)
     row = {"measure": "parzen", "data": args.data, "of": "samples", "n_samples": len(samples), "n_test": len(test)}
     row |= {"sigma": sigma, "log_likelihood": mean, "standard_error": error}
     sigma, mean, _ = reference(args.data, args.data_root, len(samples))
     return row | {"log_likelihood_of_training_images": mean, "sigma_of_training_images": sigma}
-
-
-def main(argv=None):
-    """Print the log-likelihood of --samples, and beside it that of as many training images."""
-    args = parse(argv, "parzen", __doc__, options)
-    row = measure(args)
-    if row["n_samples"] < 10000:
-        print(f"the protocol takes 10000 samples, here are {row['n_samples']}: expect a lower number")
-    write(args, row)

@@ -4,15 +4,15 @@ In README.md the table losses on toy data stands between <!-- bench:losses toy -
 file, with the tables and, of the runs with the first seed, the last samples and the loss curves.
 """
 
-import base64
-import html
 import re
 from pathlib import Path
 
-from bench import tables
+from PIL import Image
+
 from bench.columns import markdown, read_json
-from bench.common import fail, parse, save
+from bench.common import data_uri, fail, page, save
 from bench.curves import curves
+from bench.tables import TABLES, make
 
 PUBLISHED = Path("bench", "results")
 MARKERS = re.compile(r"(<!-- bench:(\S+) (\S+) -->\n)(.*?)(<!-- /bench -->)", re.DOTALL)
@@ -27,11 +27,6 @@ PEOPLE = {  # Isola et al. 2017, Table 3: the share of generated images that peo
     "photo to map, L1+cGAN": "6.1 ± 1.3 %",
     "photo to map, L1": "2.8 ± 1.0 %",
 }
-PAGE = """<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>GANs, measured</title><style>
-:root { color-scheme: light dark; } body { font: 16px/1.5 sans-serif; } pre { overflow-x: auto; line-height: 1.3; }
-figure { display: inline-block; margin: .5rem; } img { max-width: 30rem; }
-</style></head><body><pre>%s</pre>%s</body></html>
-"""
 
 
 def fill_readme(text, found):
@@ -39,7 +34,7 @@ def fill_readme(text, found):
 
     def fill(match):
         opening, name, data, _, closing = match.groups()
-        table = tables.make(name, data, found) if name in tables.TABLES else ""
+        table = make(name, data, found) if name in TABLES else ""
         return f"{opening}{table}{closing}" if table else fail(f"README.md: no results for {name} {data}")
 
     if len(MARKERS.findall(text)) != text.count("<!-- bench:"):
@@ -50,7 +45,7 @@ def fill_readme(text, found):
 def results_text(found):
     """bench/RESULTS.md, as text: the tables of which two rows were measured at least, and what people say."""
     sets = sorted({result["data"] for result in found if "case" in result}, key=lambda name: (name != "toy", name))
-    parts = [tables.make(name, data, found, least=2) for data in sets for name in tables.TABLES]
+    parts = [make(name, data, found, least=2) for data in sets for name in TABLES]
     studies = [result for result in found if "fooled" in result]
     if studies:
         shares = [f"{study['share']:.1%} ({study['low']:.1%} to {study['high']:.1%})" for study in studies]
@@ -64,37 +59,31 @@ def results_text(found):
     return "\n".join([HEAD, *filter(None, parts)])
 
 
-def page(found, folder):
-    """The page, as text: it asks nothing of any other file."""
-    parts = []
+def pictures(found, folder):
+    """Command, last samples and loss curves of the runs with the first seed, for the page."""
     for result in (result for result in found if "case" in result and not result["seed"]):
         name = f"{result['case']}-{result['data']}-{result['seed']}"
-        samples, pictures = folder / f"{name}.png", [curves({name: result["log"]})]
-        if samples.exists():
-            pictures.insert(0, samples.read_bytes())
-        codes = [base64.b64encode(picture).decode() for picture in pictures]
-        images = "".join(f'<img alt="{html.escape(name)}" src="data:image/png;base64,{code}">' for code in codes)
-        command = html.escape(" ".join([result["script"], "--data", result["data"], *result["flags"]]))
-        parts.append(f"<figure><figcaption>{command}</figcaption>{images}</figure>")
-    return PAGE % (html.escape(results_text(found)), "\n".join(parts))
+        images = [data_uri(Image.open(path).save) for path in folder.glob(f"{name}.png")]
+        command = " ".join([result["script"], "--data", result["data"], *result["flags"]])
+        yield command, [*images, data_uri(curves({name: result["log"]}).savefig)]
 
 
 def options(parser):
     """What it takes."""
-    parser.add_argument("--results", type=Path, default=PUBLISHED, help="folder of results (bench/results)")
-    parser.add_argument("--to", type=Path, default=Path("runs", "report.html"), help="the page (runs/report.html)")
+    parser.add_argument("--results", type=Path, default=PUBLISHED, help="folder of results (%(default)s)")
+    parser.add_argument("--to", type=Path, default="runs/report.html", help="the page (%(default)s)")
 
 
-def main(argv=None):
+def main(args):
     """Write the page and, from the published results, the tables of README.md and bench/RESULTS.md."""
-    args = parse(argv, "report", __doc__, options)
     found = [read_json(path) for path in sorted(args.results.glob("*.json"))]
     if not found:
         fail(f"--results {args.results} holds no results: `python -m bench` makes some")
-    texts = {args.to: page(found, args.results)}
+    tables = results_text(found)
+    texts = {args.to: page("GANs, measured", tables, pictures(found, args.results))}
     if args.results == PUBLISHED:
+        texts[Path("bench", "RESULTS.md")] = tables
         texts[Path("README.md")] = fill_readme(Path("README.md").read_text("utf-8"), found)
-        texts[Path("bench", "RESULTS.md")] = results_text(found)
     for path, text in texts.items():
         save(path, text)
         print(f"wrote {path}")

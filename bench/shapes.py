@@ -13,13 +13,35 @@ from torch.nn import functional as F
 from torchvision.transforms.v2.functional import pil_to_tensor, resize
 
 import text2img
-from bench.common import WEIGHTS, fail, file_hash, parse, read_image, read_weights, run_script, save_weights, write
-from bench.digits import build, train
+from bench import digits
+from bench.common import WEIGHTS, fail, file_hash, read_image, run_script
 
 PARTS = ("form", "ink", "size", "ground")  # what a sentence says, in the order of text2img.VALUES
 COUNTS = [len(values) for values in text2img.VALUES]
 SEED = 1000  # and those from it on: text2img.py trains and paints with small ones
 FILE = WEIGHTS / "shapes.pt"
+
+
+def examples():
+    """What the classifier learns from: images uint8 (N, 3, 28, 28) of all combinations, and labels (N, 4).
+
+    Half of them are soft and noisy, as G's are.
+    """
+    (images, _, labels), (rare, _, rare_labels) = text2img.shapes(5000, SEED), text2img.shapes(1000, SEED, True)
+    images, labels = torch.cat([images, rare]) / 255, torch.cat([labels, rare_labels])
+    soft = F.avg_pool2d(images, 3, 1, 1, count_include_pad=False)
+    images = resize(torch.cat([images, soft + 0.1 * torch.randn_like(soft)]), [28, 28], antialias=True)
+    return (255 * images).clamp(0, 255).byte(), labels.repeat(2, 1)
+
+
+def loss(logits, labels):
+    """The cross-entropies of the four parts, added up."""
+    return sum(F.cross_entropy(*pair) for pair in zip(logits.split(COUNTS, 1), labels.T))
+
+
+def classifier():
+    """The classifier of toy shapes."""
+    return digits.load(FILE, 3, sum(COUNTS), examples, loss=loss, batch=32)
 
 
 @torch.no_grad()
@@ -29,72 +51,38 @@ def classify(net, images):
     return torch.stack([part.argmax(1) for part in logits.split(COUNTS, 1)], 1)
 
 
-def train_classifier(images, labels, epochs=6):
-    """A classifier of images, uint8 (N, 3, S, S), and labels (N, 4); it learns from soft and noisy ones too."""
-
-    def loss(logits, labels):
-        return sum(F.cross_entropy(*pair) for pair in zip(logits.split(COUNTS, 1), labels.T))
-
-    with torch.random.fork_rng([]):
-        torch.manual_seed(0)
-        soft = F.avg_pool2d(images / 255, 3, 1, 1, count_include_pad=False)  # as G's edges are
-        x = resize(torch.cat([images / 255, soft + 0.1 * torch.randn_like(soft)]), [28, 28], antialias=True)
-        net = build(3, sum(COUNTS))
-        return train(net, (255 * x).clamp(0, 255).byte(), labels.repeat(2, 1), loss, epochs, 32)
-
-
-def classifier():
-    """The classifier of toy shapes, of all combinations; trained, if its file is not there."""
-    if not FILE.exists():
-        (images, _, labels), (rare, _, rare_labels) = text2img.shapes(5000, SEED), text2img.shapes(1000, SEED, True)
-        save_weights(FILE, train_classifier(torch.cat([images, rare]), torch.cat([labels, rare_labels])))
-    net = build(3, sum(COUNTS))
-    net.load_state_dict(read_weights(FILE)["weights"])
-    return net.eval()
-
-
-def drawn(run, sentences, seed):
+def draw(run, sentences, seed):
     """What text2img.py draws for each sentence, in a process of its own, by a run folder. -> uint8 (N, 3, S, S)."""
     with tempfile.TemporaryDirectory() as place:
         asked, to = Path(place, "sentences.txt"), Path(place, "drawn")
         asked.write_text("\n".join(sentences) + "\n", "utf-8")
-        run_script(text2img.__file__, run, "--prompt", asked, "--sample", 1, "--seed", seed, "--to", to)
+        run_script("text2img.py", run, "--prompt", asked, "--sample", 1, "--seed", seed, "--to", to)
         return torch.stack([pil_to_tensor(read_image(file)) for file in sorted(to.glob("*.png"))])
 
 
 def options(parser):
     """What it takes."""
     add = parser.add_argument
-    add("--run", dest="folder", type=Path, required=True, help="run folder of text2img.py on toy data")
+    add("--run", type=Path, required=True, help="run folder of text2img.py on toy data")
     add("--count", type=int, default=500, help="sentences to draw, one image each (%(default)s)")
     add("--seed", type=int, default=0, help="of the sentences and of z (%(default)s)")
     add("--out", type=Path, help="JSON file for the result")
 
 
-def measure(args):
-    """The row of a run: of --count images the share that shows all that its sentence says, and each part of it.
+def main(args):
+    """The row of a run: the share of images that show all that their sentence says, and each part of it.
 
     `classifier_accuracy` is that of real images of these sentences: as far can the rest be trusted.
     """
-    try:
-        settings = json.loads((args.folder / "config.json").read_text())
-        data, size = settings["data"], settings["size"]
-    except (OSError, ValueError, KeyError) as error:
-        fail(f"--run {args.folder} is no run folder of text2img.py ({error})")
-    if data != "toy":
-        fail(f"--run {args.folder} learned from {data}: only sentences about toy shapes can be judged")
+    settings = json.loads((args.run / "config.json").read_text())
+    if settings["data"] != "toy":
+        fail(f"--run {args.run} learned from {settings['data']}: only sentences about toy shapes can be judged")
     if args.count < 1 or args.seed < 0:
         fail(f"--count {args.count} --seed {args.seed}: give at least one sentence, and no negative seed")
-    real, captions, labels = text2img.shapes(args.count, SEED + 1 + args.seed, True, size)
-    images, net = drawn(args.folder, [lines[0] for lines in captions], args.seed), classifier()
+    real, captions, labels = text2img.shapes(args.count, SEED + 1 + args.seed, True, settings["size"])
+    images, net = draw(args.run, [lines[0] for lines in captions], args.seed), classifier()
     right, right_real = (classify(net, some).eq(labels) for some in (images, real))
-    row = {"measure": "shapes", "run": args.folder.name, "weights": file_hash(FILE), "seed": args.seed}
+    row = {"measure": "shapes", "run": args.run.name, "weights": file_hash(FILE), "seed": args.seed}
     row |= {"n_samples": len(images), "right": right.all(1).double().mean().item()}
     row |= dict(zip(PARTS, right.double().mean(0).tolist()))
     return row | {"classifier_accuracy": right_real.all(1).double().mean().item()}
-
-
-def main(argv=None):
-    """Print how often a run draws what a sentence says."""
-    args = parse(argv, "shapes", __doc__, options)
-    write(args, measure(args))

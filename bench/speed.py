@@ -25,17 +25,17 @@ import torchvision
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench.common import ROOT, fail, find_device, parse, save
+from bench.common import ROOT, fail, find_device, save
 
-FLAGS = {  # toy: the toy set; paper: the paper's networks, size and batch; torch: those of DCGAN's Torch code
-    "gan": {"toy": "", "paper": "--data mnist --optimiser adam"},
-    "cgan": {"toy": "", "paper": "--data mnist --optimiser adam"},
-    "dcgan": {"toy": "", "paper": "--data celeba", "torch": "--data celeba --kernel 4 --ngf 64 --ndf 64"},
-    "text2img": {"toy": "", "paper": "--data birds"},
-    "pix2pix": {"toy": "", "paper": "--data facades"},
-    "cyclegan": {"toy": "", "paper": "--data horse2zebra"},
+FLAGS = {  # for the paper's networks, size and batch; those of the toy set need none
+    "gan": "--data mnist --optimiser adam",
+    "cgan": "--data mnist --optimiser adam",
+    "dcgan": "--data celeba",
+    "text2img": "--data birds",
+    "pix2pix": "--data facades",
+    "cyclegan": "--data horse2zebra",
 }
-SIZES = ("toy", "paper", "torch")
+SIZES = ("toy", "paper")
 VARIANTS = {
     "plain fp32": "--precision fp32 --no-capture",
     "plain bf16": "--precision bf16 --no-capture",
@@ -101,7 +101,7 @@ def prepare(script, size, variant, device):
     gc.collect()  # a step and its state hold each other
     cuda = "cuda" in device
     others = torch.cuda.memory_allocated(device) if cuda else 0
-    module, flags = importlib.import_module(script), f"{FLAGS[script][size]} {VARIANTS[variant]}"
+    module, flags = importlib.import_module(script), f"{FLAGS[script] if size == 'paper' else ''} {VARIANTS[variant]}"
     args = module.get_args([*flags.split(), "--lr", "0", "--device", device])
     state = module.build(args)
     if variant.startswith("plain"):
@@ -117,16 +117,12 @@ def prepare(script, size, variant, device):
     if cuda:  # the fourth call records the update, so the peak is that of the recorded one
         torch.cuda.reset_peak_memory_stats(device)
     call()
-    optimisers = [part for part in state.values() if isinstance(part, torch.optim.Adam)]
-    weights = sum(weight.numel() for optimiser in optimisers for weight in optimiser.state)
-    precision = "bf16" if args.precision == "bf16" or vars(args).get("bf16") else "fp32"
-    row = {"script": script, "sizes": size, "variant": variant, "precision": precision}
+    row = {"script": script, "sizes": size, "variant": variant, "precision": args.precision}
     row |= {"flags": flags, "size": args.size, "images": len(batch[0]), "flops": flops}
     row["kind"] = "convolution" if convolutions > flops / 2 else "product"
-    if row["precision"] == "fp32":
+    if args.precision == "fp32":
         backend = torch.backends.cudnn.conv if row["kind"] == "convolution" else torch.backends.cuda.matmul
         row["float32"] = "tf32" if cuda and backend.fp32_precision == "tf32" else "ieee"
-    row["bytes"] = 32 * weights  # Adam reads and writes a weight, its gradient and two moments, each of 4 bytes
     row["peak_memory"] = torch.cuda.max_memory_allocated(device) - others if cuda else None
     return call, row
 
@@ -140,13 +136,6 @@ def large(kind, precision, device):
         return functools.partial(torch.mm, a, b), 2 * side**3
     x, kernels = a.view(16, side, 1, side // 16), b.view(side, side, 1, 1)
     return functools.partial(nn.functional.conv2d, x, kernels), 2 * side**3
-
-
-@functools.cache
-def large_copy(device):
-    """A copy of more than a cache holds, as a call, and the bytes that it reads and writes."""
-    a, b = torch.zeros(2, 2 ** (28 if "cuda" in device else 25), device=device)
-    return functools.partial(b.copy_, a), 2 * a.nbytes
 
 
 # -- how long it takes -----------------------------------------------------------------------------------------------
@@ -168,52 +157,47 @@ def seconds_of(call, loops, device):
     return (time.perf_counter() - started) / loops
 
 
-def measure(script, size, variants, device, rounds=8, seconds=2.0):
-    """Rows of the variants of a script, which take turns for `rounds`, or more until the slowest had its `seconds`."""
+def measure(script, size, device, rounds):
+    """Rows of the variants of a script, which take turns for `rounds`."""
     torch.manual_seed(0)
-    calls, rows, work = {}, {}, {"copy": large_copy(device)}
-    for variant in variants:
+    calls, rows, flops = {}, {}, {}
+    for variant in variants_on(device):
         calls[variant], rows[variant] = prepare(script, size, variant, device)
     for row in rows.values():
-        work[row["kind"], row["precision"]] = large(row["kind"], row["precision"], device)
-    calls |= {name: call for name, (call, _) in work.items()}
+        kind = row["kind"], row["precision"]
+        calls[kind], flops[kind] = large(*kind, device)
     once = {name: min(seconds_of(call, 1, device) for _ in range(2)) for name, call in calls.items()}
     loops = {name: math.ceil(0.02 / once[name]) for name in calls}  # so long that the clock does not show
-    rounds = max(rounds, math.ceil(seconds / max(once[name] * loops[name] for name in calls)))
     times, names = {name: [] for name in calls}, list(calls)
     for _ in range(rounds):
         for name in names:
             times[name].append(seconds_of(calls[name], loops[name], device))
         names.append(names.pop(0))  # so that none always follows the same one
-    peaks = {name: amount / statistics.median(times[name]) for name, (_, amount) in work.items()}
     for variant, row in rows.items():
-        peak, plain = peaks[row["kind"], row["precision"]], times.get(f"plain {row['precision']}")
-        account(row, times[variant], plain, peak, peaks["copy"])
+        kind = row["kind"], row["precision"]
+        account(row, times[variant], times[f"plain {row['precision']}"], flops[kind] / statistics.median(times[kind]))
     return list(rows.values())
 
 
-def account(row, times, plain, peak_flops, peak_bandwidth):
-    """Add to a row what its times mean, beside those of the plain row and the device's peaks per second."""
+def account(row, times, plain, peak_flops):
+    """Add to a row what its times mean, beside those of the plain row and the device's peak of FLOPs per second."""
     seconds = statistics.median(times)
     row |= {"seconds": seconds, "rounds": len(times), "images_per_s": row["images"] / seconds}
-    row["x_plain"] = statistics.median(slow / fast for slow, fast in zip(plain, times)) if plain else None
-    row |= {"peak_flops": peak_flops, "peak_bandwidth": peak_bandwidth}
-    row["share_of_peak"] = row["flops"] / seconds / peak_flops
-    row["seconds_at_peaks"] = max(row["flops"] / peak_flops, row["bytes"] / peak_bandwidth)
+    row["x_plain"] = statistics.median(slow / fast for slow, fast in zip(plain, times))
+    row |= {"peak_flops": peak_flops, "share_of_peak": row["flops"] / seconds / peak_flops}
 
 
 # -- the table -------------------------------------------------------------------------------------------------------
 
-HEADINGS = ("script", "sizes", "variant", "precision", "images", "GFLOP", "ms", "x plain", "images/s")
-HEADINGS += ("peak of", "% of it", "ms at peaks", "MB held")
+HEADINGS = ("script", "sizes", "variant", "precision", "images", "GFLOP", "ms", "x plain", "images/s", "peak of")
+HEADINGS += ("% of it", "MB held")
 
 
 def cells(row):
     """A row as texts under HEADINGS; what was not measured is empty."""
     texts = [row["script"], row["sizes"], row["variant"], row.get("float32", row["precision"]), str(row["images"])]
-    texts += [f"{row['flops'] / 1e9:.4g}", f"{row['seconds'] * 1e3:.4g}"]
-    texts += [f"{row['x_plain']:.2f}" if row["x_plain"] else "", f"{row['images_per_s']:.0f}", row["kind"]]
-    texts += [f"{100 * row['share_of_peak']:.1f}", f"{row['seconds_at_peaks'] * 1e3:.4g}"]
+    texts += [f"{row['flops'] / 1e9:.4g}", f"{row['seconds'] * 1e3:.4g}", f"{row['x_plain']:.2f}"]
+    texts += [f"{row['images_per_s']:.0f}", row["kind"], f"{100 * row['share_of_peak']:.1f}"]
     return [*texts, f"{row['peak_memory'] / 1e6:.0f}" if row["peak_memory"] else ""]
 
 
@@ -226,16 +210,14 @@ def options(parser):
     """What it takes."""
     add = parser.add_argument
     add("--scripts", nargs="+", choices=tuple(FLAGS), default=tuple(FLAGS), metavar="NAME", help="of which (all)")
-    add("--sizes", nargs="+", choices=SIZES, help="toy; on CUDA all; torch: DCGAN's Torch code")
-    add("--rounds", type=int, default=8, help="in which the variants take turns, at least (8)")
-    add("--seconds", type=float, default=2.0, help="for which the slowest variant is timed, at least (2)")
-    add("--device", help="cpu, cuda, ... (the accelerator, if there is one)")
+    add("--sizes", nargs="+", choices=SIZES, help="of the networks and the batch (toy; on CUDA both)")
+    add("--rounds", type=int, default=20, help="in which the variants take turns (%(default)s)")
+    add("--device", help="cpu, cuda, ... (cuda, if there is one)")
     add("--out", type=Path, help="JSON file for the rows, written after each script")
 
 
-def main(argv=None):
+def main(args):
     """Print a row for each variant of an update of each script."""
-    args = parse(argv, "speed", __doc__, options)
     if args.rounds < 1:
         fail(f"--rounds {args.rounds}: give a number from 1 up")
     device = find_device(args.device)
@@ -243,8 +225,8 @@ def main(argv=None):
     print(f"{result['device_name']}, {device}, {result['threads']} threads, torch {torch.__version__}")
     print(line(HEADINGS), flush=True)
     for size in args.sizes or (SIZES if "cuda" in device else ("toy",)):
-        for script in (script for script in args.scripts if size in FLAGS[script]):
-            rows = measure(script, size, variants_on(device), device, args.rounds, args.seconds)
+        for script in args.scripts:
+            rows = measure(script, size, device, args.rounds)
             for row in rows:
                 print(line(cells(row)), flush=True)
             result["rows"] += rows

@@ -5,16 +5,9 @@
 
 A real and a generated image are shown side by side for one second; then one says which was generated. Ten pairs are
 for practice and tell what was right; forty are counted. In the end the page saves a JSON file, which `python -m bench
-report` tables, if it lies in bench/results, beside the papers' numbers. Its keys:
-
-    measure   "study"
-    study     what is translated, such as "map to photo"
-    method    whose images were shown
-    trials    the number of counted pairs
-    answers   for each of them whether one was fooled: the real image was taken for the generated one
-    fooled    how often that happened
-    share     fooled / trials
-    low, high the ends of Wilson's 95 % interval of a binomial share
+report` tables, if it lies in bench/results, beside the papers' numbers: `study` and `method`, the counted `trials`, in
+`answers` for each of them whether the real image was taken for the generated one, how often that was so (`fooled`), its
+`share`, and `low` and `high`, the ends of Wilson's 95 % interval of a binomial share.
 """
 
 import json
@@ -24,8 +17,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from bench import fcn
-from bench.common import data_uri, fail, parse, read_image, save
+from bench.common import data_uri, fail, find_images, read_image, save
 
 PRACTICE, TRIALS = 10, 40
 PAGE = """<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>Which image is generated?</title><style>
@@ -102,27 +94,26 @@ def read_result(path):
     """What the page has saved, if its numbers are those of its answers."""
     try:
         result = json.loads(path.read_text("utf-8"))
-        counts = len(result["answers"]), sum(result["answers"])
-        expected = [*counts, *share_fooled(result["answers"])]
+        answers = result["answers"]
+        expected = [len(answers), sum(answers), *share_fooled(answers)]
         found = [result[name] for name in ("trials", "fooled", "share", "low", "high")]
-        right = all(math.isclose(a, b, abs_tol=1e-9) for a, b in zip(found, expected))
+        if not all(math.isclose(a, b, abs_tol=1e-9) for a, b in zip(found, expected)):
+            raise ValueError("its share and interval are not those of its answers")
     except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError) as error:
         fail(f"--results {path} is no result of a study ({type(error).__name__}: {error})")
-    return result if right else fail(f"--results {path}: its share and interval are not those of its answers")
+    return result
 
 
 def pick_pairs(real, fake, count, seed):
-    """Files of a real and a generated image for each pair: of one name, if all are, else at random."""
-    partners = sorted(real.keys() & fake.keys())
-    if len(partners) < len(fake):
+    """Files of a real and a generated image for each of `count` pairs: of one name, if all are, else at random."""
+    rng, pairs = random.Random(seed), [(real[name], fake[name]) for name in sorted(real.keys() & fake.keys())]
+    if len(pairs) < len(fake):
         print("the names of real and generated images differ: pairs are made at random")
-        partners = [None] * min(len(real), len(fake))
-    if len(partners) < count:
-        fail(f"--real and --fake have {len(partners)} pairs of images: {count} are shown")
-    rng = random.Random(seed)
-    if partners[0] is None:
-        return [*zip(rng.sample([*real.values()], count), rng.sample([*fake.values()], count))]
-    return [(real[name], fake[name]) for name in rng.sample(partners, count)]
+        few = min(len(real), len(fake))
+        pairs = [*zip(rng.sample([*real.values()], few), rng.sample([*fake.values()], few))]
+    if len(pairs) < count:
+        fail(f"--real and --fake have {len(pairs)} pairs of images: {count} are shown")
+    return rng.sample(pairs, count)
 
 
 def make_page(pairs, study, method):
@@ -130,7 +121,8 @@ def make_page(pairs, study, method):
     shown = []
     for real, fake in pairs:
         image = read_image(fake)
-        shown.append([data_uri(read_image(real).resize(image.size, Image.Resampling.BICUBIC)), data_uri(image)])
+        partner = read_image(real).resize(image.size, Image.Resampling.BICUBIC)
+        shown.append([data_uri(partner.save), data_uri(image.save)])
     about = {"study": study, "method": method, "practice": PRACTICE, "pairs": shown}
     text = PAGE.replace("PRACTICE", str(PRACTICE)).replace("TRIALS", str(TRIALS))
     return text.replace("STUDY", json.dumps(about).replace("<", "\\u003c"), 1)
@@ -144,22 +136,20 @@ def options(parser):
     add("--study", default="", help='what is translated, such as "map to photo" or "photo to map"')
     add("--method", help="whose images they are (the name of the folder --fake)")
     add("--seed", type=int, default=0, help="of the choice of 50 pairs (%(default)s)")
-    add("--out", type=Path, default=Path("runs", "study.html"), help="the page (%(default)s)")
+    add("--out", type=Path, default="runs/study.html", help="the page (%(default)s)")
     add("--results", type=Path, nargs="+", metavar="FILE", help="what the page has saved: print each, and all together")
 
 
-def main(argv=None):
+def main(args):
     """Write the page, or print what people answered."""
-    args = parse(argv, "study", __doc__, options)
     if args.results:
-        results = [read_result(path) for path in args.results]
-        answers = {path.name: result["answers"] for path, result in zip(args.results, results)}
+        answers = {path.name: read_result(path)["answers"] for path in args.results}
         for name, some in {**answers, "all together": sum(answers.values(), [])}.items():
             print("{}: {} of {}, {:.1%} ({:.1%} to {:.1%})".format(name, sum(some), len(some), *share_fooled(some)))
         return
     if not args.real or not args.fake:
         fail("give --real and --fake, two folders of images, or --results")
-    real, fake = fcn.find_images(args.real, "--real"), fcn.find_images(args.fake, "--fake")
+    real, fake = find_images(args.real, "--real"), find_images(args.fake, "--fake")
     pairs = pick_pairs(real, fake, PRACTICE + TRIALS, args.seed)
     save(args.out, make_page(pairs, args.study, args.method or args.fake.resolve().name))
     print(f"wrote {args.out}: open it in a browser; each person saves a JSON file at its end")

@@ -21,7 +21,7 @@ from typing import NamedTuple
 from PIL import Image
 
 from bench.columns import fill, markdown, notes, read_json, read_log, value
-from bench.common import ROOT, RUN_OPTION, fail, find_device, parse, save
+from bench.common import ROOT, fail, find_device, save
 from bench.judges import JUDGES, can_judge
 from bench.speed import circumstances
 
@@ -151,7 +151,7 @@ def plan(tables, data_sets, seeds, more):
 
 def train(run, folder, args):
     """Train a run in a process of its own, and add up its seconds and its peak memory in FOLDER.json."""
-    command = [sys.executable, ROOT / run.script, RUN_OPTION, folder, "--data", run.data, "--data-root", args.data_root]
+    command = [sys.executable, ROOT / run.script, "--out", folder, "--data", run.data, "--data-root", args.data_root]
     command += [*run.flags, "--seed", run.seed, *(["--device", args.device] if args.device else [])]
     note, before, started = Path(f"{folder}.json"), read_log(folder), time.monotonic()
     used = read_json(note) or {"seconds": 0.0, "peak_memory": 0}
@@ -217,18 +217,17 @@ def options(parser):
     add("tables", nargs="*", metavar="NAME", help=f"which (all): {', '.join(TABLES)}")
     sets = "toy, mnist, or a folder of pairs photo | labels with class ids (see bench fcn)"
     add("--data", nargs="+", default=["toy"], help=f"{sets}; each table takes those that it can be made on")
-    add("--data-root", type=Path, default=Path("data"), help="where downloads and trained judges are kept (data)")
-    add("--seeds", type=int, default=3, help="runs of each row, with seeds from 0 up (3)")
+    add("--data-root", type=Path, default="data", help="where downloads and trained judges are kept (%(default)s)")
+    add("--seeds", type=int, default=3, help="runs of each row, with seeds from 0 up (%(default)s)")
     add("--flags", default="", help='more flags of the scripts, for every run: --flags="--size 128 --epochs 40"')
-    add("--samples", type=int, default=10000, help="images that are drawn to be judged (10000)")
-    add("--runs", type=Path, default=Path("runs", "bench"), help="folder for the run folders (runs/bench)")
+    add("--samples", type=int, default=10000, help="images that are drawn to be judged (%(default)s)")
+    add("--runs", type=Path, default="runs/bench", help="folder for the run folders (%(default)s)")
     add("--results", type=Path, help="folder for the results (RUNS/results); bench/results has the published ones")
-    add("--device", help="cpu, cuda, ... (the accelerator, if there is one)")
+    add("--device", help="cpu, cuda, ... (cuda, if there is one)")
 
 
-def main(argv=None):
+def main(args):
     """Train and judge what is missing, and print the tables. A run that fails leaves its cells empty."""
-    args = parse(argv, "tables", __doc__, options)
     if unknown := [name for name in args.tables if name not in TABLES]:
         fail(f"there is no table {unknown[0]}: there are {', '.join(TABLES)}")
     args.tables, args.results = args.tables or [*TABLES], args.results or args.runs / "results"

@@ -8,7 +8,6 @@ Its samples are the decoder's means: where a pixel is uncertain they are grey, h
 
 import argparse
 import json
-import math
 import sys
 import time
 from pathlib import Path
@@ -50,19 +49,19 @@ def draw(decoder, count, args):
 
 def train(args):
     """Train, and write the run folder at the end: an interrupted run begins anew, as it takes a minute."""
-    images, log, started = read_digits(args, "train")[0], [], time.monotonic()
+    images, log, started = read_digits(args.data, args.data_root, "train")[0], [], time.monotonic()
     torch.manual_seed(args.seed)
     encoder, decoder = (net.to(args.device) for net in build(UNITS[args.data]))
     optimiser = torch.optim.Adam([*encoder.parameters(), *decoder.parameters()], RATE)
-    goal = min(args.epochs * len(images) // BATCH, args.max_steps or sys.maxsize)
-    batches = (chosen for _ in range(args.epochs) for chosen in torch.randperm(len(images)).split(BATCH))
-    for step, chosen in zip(range(1, goal + 1), batches):
+    goal = args.max_steps or args.epochs * len(images) // BATCH
+    for step in range(1, goal + 1):
+        chosen = torch.randint(len(images), (BATCH,))
         found = losses(encoder, decoder, images[chosen].to(args.device) / 255)
         optimiser.zero_grad()
         sum(found.values()).backward()
         optimiser.step()
         if step % 100 == 0 or step == goal:
-            row = {"step": step, "epoch": math.ceil(step * BATCH / len(images))}
+            row = {"step": step, "epoch": step * BATCH // len(images) + 1}
             row |= {name: loss.item() for name, loss in found.items()}
             log.append(row | {"images_per_s": step * BATCH / (time.monotonic() - started)})
     config = vars(args) | {"batch_size": BATCH, "lr": RATE, "precision": "fp32", "torch": torch.__version__}
@@ -87,13 +86,13 @@ def main(argv=None):
     """Train, or draw with --sample."""
     parser = argparse.ArgumentParser("bench/vae.py", description=__doc__.partition(":")[0])
     parser.error, add = fail, parser.add_argument
-    add("--data", choices=tuple(UNITS), default="toy", help="digits (toy)")
-    add("--data-root", type=Path, default=Path("data"), help="where MNIST lies, or goes to (data)")
-    add("--out", type=Path, default=Path("runs", "vae"), help="run folder (runs/vae)")
-    add("--epochs", type=int, default=60, help="passes over the images (60)")
-    add("--max-steps", type=int, help="stop after so many updates")
-    add("--seed", type=int, default=0, help="of weights, order and noise; of z for --sample (0)")
-    add("--device", help="cpu, cuda, ... (the accelerator, if there is one)")
+    add("--data", choices=tuple(UNITS), default="toy", help="digits (%(default)s)")
+    add("--data-root", type=Path, default="data", help="where MNIST lies, or goes to (%(default)s)")
+    add("--out", type=Path, default="runs/vae", help="run folder (%(default)s)")
+    add("--epochs", type=int, default=60, help="as many images as so many passes have (%(default)s)")
+    add("--max-steps", type=int, help="updates, instead")
+    add("--seed", type=int, default=0, help="of training; of z for --sample (0)")
+    add("--device", help="cpu, cuda, ... (cuda, if there is one)")
     add("--sample", type=int, metavar="N", help="draw N images with what was trained")
     add("--to", type=Path, help="folder for them (OUT/sampled)")
     args = parser.parse_args(argv)

@@ -7,7 +7,7 @@ import re
 import shutil
 import subprocess
 import urllib.parse
-from argparse import ArgumentParser
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -34,25 +34,23 @@ def rows_of(*flags):
     return json.loads(Path("out", "compare.json").read_text())["rows"]
 
 
-SCORER = ("--features", "scorer", "--data", "toy")
+TOY = ("--features", "toy")
 
 
 def test_folders(tmp_path, capsys):
-    """A row a method, as `bench fid` measures it, in a table, a JSON and a page that needs nothing from elsewhere."""
+    """A row a method, in a table, a JSON and a page that needs nothing from elsewhere."""
     write_digits(tmp_path / "real", 60, 0)
     write_digits(tmp_path / "near", 50, 1, "webp")
     write_digits(tmp_path / "far", 40, 2, "jpg", 14)
     with pytest.raises(SystemExit, match=r"far/000.jpg has 14x14 pixels.*--resize"):
-        rows_of("--real", "real", "--samples", "ours=near", "theirs=far", *SCORER)
-    near, far = rows_of("--real", "real", "--samples", "ours=near", "theirs=far", "--resize", 28, *SCORER)
+        rows_of("--real", "real", "--samples", "ours=near", "theirs=far", *TOY)
+    near, far = rows_of("--real", "real", "--samples", "ours=near", "theirs=far", "--resize", 28, *TOY)
     lines = capsys.readouterr().out.splitlines()
-    parser = ArgumentParser()
-    fid.options(parser)
-    alone = fid.measure(parser.parse_args(["--samples", "far", "--real", "real", "--resize", "28", *SCORER]))
-    assert far == {"name": "theirs"} | alone and near["kid"] < far["kid"]
+    assert near["kid"] < far["kid"]
     assert (near["n_samples"], near["n_real"], far["n_samples"]) == (50, 60, 40)
-    assert lines[1].split()[:2] == ["KID", "±"] and [line.split()[0] for line in lines[2:4]] == ["ours", "theirs"]
-    assert all(near["weights"] in line for line in lines[2:4]) and "FID rests on 40 images" in lines[0]
+    assert lines[3].split()[2:7] == ["KID", "|", "±", "|", "FID"] and "FID rests on 40 images" in lines[0]
+    assert [line.split()[1] for line in lines[5:7]] == ["ours", "theirs"]
+    assert all(near["weights"] in line for line in lines[5:7])
     page = (tmp_path / "out" / "compare.html").read_text()
     assert page.count('src="data:image/png;base64,') == 3 and "http" not in page and near["weights"] in page
 
@@ -73,14 +71,14 @@ def test_runs_stand_for_what_they_made(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(compare, "run_script", run_script)
     os.utime(tmp_path / "dcgan" / "sampled", (0, 0))
-    rows = rows_of("--real", "real", "--samples", "a=pix2pix", "b=dcgan", "c=gan", *SCORER)
+    rows = rows_of("--real", "real", "--samples", "a=pix2pix", "b=dcgan", "c=gan", *TOY)
     assert "dcgan/sampled was drawn before dcgan/last.pt was written" in capsys.readouterr().out
     assert [(row["name"], row["n_samples"]) for row in rows] == [("a", 4), ("b", 4), ("c", 5)]
-    assert asked == [(compare.ROOT / "gan.py", Path("gan"), "--sample", 5)]
+    assert asked == [("gan.py", Path("gan"), "--sample", 5)]
     with pytest.raises(SystemExit, match="cyclegan/test/AtoB"):
-        rows_of("--real", "real", "--samples", "a=cyclegan", *SCORER)
+        rows_of("--real", "real", "--samples", "a=cyclegan", *TOY)
     with pytest.raises(SystemExit, match="a name of its own"):
-        rows_of("--real", "real", "--samples", "a=gan", "a=dcgan", *SCORER)
+        rows_of("--real", "real", "--samples", "a=gan", "a=dcgan", *TOY)
 
 
 def test_fcn_score_by_halves(tmp_path, monkeypatch):
@@ -95,12 +93,13 @@ def test_fcn_score_by_halves(tmp_path, monkeypatch):
             Image.fromarray(image.astype(np.uint8)).save(tmp_path / place / f"{i}.png")
     learned = []
 
-    def find_segmenter(args, shape, scenes):
+    def find_segmenter(scenes, shape, *rest):
         learned.append(scenes.names)
-        return lambda x: torch.stack([x[:, 0], x[:, 1]], 1), shape, "", f"net{len(learned)}"  # red or green
+        look = partial(fcn.see, lambda x: torch.stack([x[:, 0], x[:, 1]], 1), shape, "cpu")  # red or green
+        return look, "", f"net{len(learned)}"
 
     monkeypatch.setattr(fcn, "find_segmenter", find_segmenter)
-    monkeypatch.setattr(fid, "measure_all", lambda args, folders: [{"n_samples": 6, "fid_biased": False}] * 2)
+    monkeypatch.setattr(fid, "measure", lambda *given: [{"n_samples": 6}] * 2)
     judged, count = [], fcn.count
     monkeypatch.setattr(fcn, "count", lambda scenes, *rest: judged.append(scenes.names) or count(scenes, *rest))
     good, grey, real = rows_of("--real", "real", "--samples", "good=good", "grey=grey", "--classes", "ids")

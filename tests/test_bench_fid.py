@@ -2,7 +2,7 @@
 
 import json
 import pickle
-from argparse import ArgumentParser
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -32,10 +32,11 @@ def write_all(folder, images):
         Image.fromarray(image.movedim(0, 2).squeeze().numpy()).save(folder / f"{i:03}.png")
 
 
-def arguments(*flags):
-    parser = ArgumentParser()
-    fid.options(parser)
-    return parser.parse_args([*map(str, flags)])
+def measure(*flags):
+    """The row of --samples."""
+    main(["compare", *map(str, flags), "--device", "cpu", "--out", "out"])
+    (row,) = json.loads(Path("out", "compare.json").read_text())["rows"]
+    return row
 
 
 # -- the numbers -----------------------------------------------------------------------------------------------------
@@ -56,43 +57,34 @@ def test_precision_and_recall_by_hand():
     assert found["recall"] < 0.7 < found["precision"]
 
 
-@pytest.mark.parametrize(("count", "subset", "biased"), [(4, 2, True), (6, 3, False)])
-def test_counts(count, subset, biased, monkeypatch):
-    """The smaller set decides on the size of KID's subsets, and whether FID is said to be too high."""
-    assert fid.ENOUGH == 2048
-    monkeypatch.setattr(fid, "ENOUGH", 6)
-    few, many = some_points(count, 2, 4), some_points(9, 2, 5)
+def test_counts():
+    """The smaller set decides on the size of KID's subsets."""
+    few, many = some_points(6, 2, 4), some_points(9, 2, 5)
     for a, b in ((few, many), (many, few)):
         row = compare(a, b)
-        assert (row["kid_subset"], row["fid_biased"]) == (subset, biased)
-        assert (row["n_samples"], row["n_real"]) == (len(a), len(b))
+        assert (row["kid_subset"], row["n_samples"], row["n_real"]) == (3, len(a), len(b))
 
 
-def test_scorer(tmp_path, capsys):
+def test_digits(tmp_path, capsys):
     """Digits against themselves are at 0; other digits are nearer to digits than their negatives; all is in the row."""
     images = gan.digits(120, 0)[0]
     for name, some in (("real", images[:60]), ("near", images[60:]), ("far", 255 - images[60:])):
         write_all(tmp_path / name, some)
-    main("fid --samples real --real real --data toy --features scorer --device cpu --out out.json".split())
-    row = json.loads((tmp_path / "out.json").read_text())
+    row, near, far = (
+        measure("--samples", f"ours={name}", "--real", "real", "--features", "toy") for name in ("real", "near", "far")
+    )
     assert abs(row["fid"]) < 1e-5 and row["kid"] < 0 and row["precision"] == row["recall"] == 1
-    assert row["n_samples"] == row["n_real"] == 60 and row["resolution"] == "28x28" and row["real"] == "real"
+    assert row["n_samples"] == row["n_real"] == 60 and row["resolution"] == "28x28"
     assert row["features"] == "classifier of toy digits"
     assert row["weights"] == common.file_hash(common.WEIGHTS / "digits-toy.pt")
     assert row["torch_fidelity"] == torch_fidelity.__version__ and "60 images" in capsys.readouterr().out
     assert [*row].index("kid") < [*row].index("fid")
-    near, far = (
-        fid.measure(arguments("--samples", name, "--real", "real", "--data", "toy", "--features", "scorer"))
-        for name in ("near", "far")
-    )
     assert far["kid"] > 5 * abs(near["kid"]) and far["fid"] > 5 * near["fid"] and far["recall"] < near["recall"]
 
 
-def test_scorer_features_are_what_the_last_layer_is_given():
+def test_features_of_digits_are_what_the_last_layer_is_given():
     images = gan.digits(3, 0)[0].expand(-1, 3, -1, -1)
-    args = arguments("--samples", "x", "--data", "toy", "--features", "scorer")
-    net, _, _ = fid.find_network(args, (28, 28))
-    whole = digits.classifier(args)[0]
+    net, whole = fid.classifier("toy", None, "cpu")[0], digits.classifier("toy", None)
     torch.testing.assert_close(whole[-1](net(images).float()), whole(images[:, :1] / 255))
 
 
@@ -125,11 +117,10 @@ def test_images_of_every_kind(tmp_path):
         ("--samples good --real mixed", "odd.png"),
         ("--samples wide --real good", "--resize"),
         ("--samples wide --real wide", "28x28"),
-        ("--samples good --data nowhere", "--real"),
-        ("--samples good --device cuda:99", "cuda:99"),
-        ("--samples good --features inception --weights weights.pth", "weights.pth"),
-        ("--samples good --features inception --weights harmful.pth", "harmful.pth"),
-        ("--samples good --features inception", "--weights"),
+        ("--samples good --real good --device cuda:99", "cuda:99"),
+        ("--samples good --real good --features inception --weights weights.pth", "weights.pth"),
+        ("--samples good --real good --features inception --weights harmful.pth", "harmful.pth"),
+        ("--samples good --real good --features inception", "--weights"),
     ],
 )
 def test_bad_arguments(flags, named, tmp_path, monkeypatch):
@@ -143,7 +134,7 @@ def test_bad_arguments(flags, named, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
     with pytest.raises(SystemExit) as end:
-        main(f"fid --data toy --features scorer {flags}".split())
+        main(f"compare --features toy {flags}".split())
     said = end.value.code
     assert said.startswith("bench: ") and len(said.splitlines()) == 1 and named in said and "weights_only" not in said
     assert not (tmp_path / "harmed.txt").exists()
@@ -182,8 +173,7 @@ def test_equal_to_torch_fidelity_by_hand(tmp_path, random_inception):
     for name, low in (("samples", 0), ("real", 60)):
         write_all(tmp_path / name, torch.randint(low, 256, (4, 3, 20, 24), generator=rng, dtype=torch.uint8))
     Image.new("L", (24, 20), 99).save(tmp_path / "samples" / "grey.png")
-    flags = ["--samples", "samples", "--real", "real", "--weights", random_inception, "--device", "cpu"]
-    row = fid.measure(arguments(*flags))
+    row = measure("--samples", "samples", "--real", "real", "--weights", random_inception)
     settings = {"feature_extractor_weights_path": str(random_inception), "kid_subset_size": 2, "cuda": False}
     settings |= {"feature_extractor": "inception-v3-compat", "feature_layer_prc": "2048"}
     settings |= {"fid": True, "kid": True, "prc": True, "cache": False, "save_cpu_ram": True, "verbose": False}
@@ -200,4 +190,4 @@ def test_known_weights_are_named(random_inception, monkeypatch):
     """By the hash that stands in the name of the file that torch-fidelity publishes."""
     assert f"-{fid.INCEPTION}.pth" in fid.URL_INCEPTION_V3
     monkeypatch.setattr(fid, "file_hash", lambda path: fid.INCEPTION)
-    assert fid.inception(random_inception)[1:] == ("inception-v3-compat", "6726825d")
+    assert fid.inception(random_inception, "cpu")[1:] == ("inception-v3-compat", "6726825d")

@@ -31,15 +31,15 @@ def run(tmp_path, monkeypatch):
     """A run folder that the stand-in draws from."""
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").write_text('{"data": "toy", "size": 64}')
-    (tmp_path / "script.py").write_text(STAND_IN)
-    monkeypatch.setattr(text2img, "__file__", str(tmp_path / "script.py"))
+    (tmp_path / "text2img.py").write_text(STAND_IN)
+    monkeypatch.setattr(common, "ROOT", tmp_path)
     monkeypatch.chdir(tmp_path)
     return tmp_path / "run"
 
 
 @pytest.mark.parametrize("count", [1, 2, 300])
 def test_images_come_in_the_order_of_sentences(count, run):
-    images = shapes.drawn(run, [f"{'x' * (i % 50)}y" for i in range(count)], 3)
+    images = shapes.draw(run, [f"{'x' * (i % 50)}y" for i in range(count)], 3)
     numbers = torch.arange(count)
     expected = torch.stack([numbers // 256, numbers % 256, numbers % 50 + 1], 1).byte()
     assert torch.equal(images, expected[:, :, None, None])

@@ -12,19 +12,19 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from bench import columns, common, report, speed, tables, vae
+from bench import columns, report, speed, tables, vae
 from bench.__main__ import main
 
 ROOT = Path(__file__).parent.parent
-SCRIPT = f"""  # stands for pix2pix.py: ten updates, saved on SIGTERM; --loss gan fails, --loss cgan waits in the sixth
+SCRIPT = """  # stands for pix2pix.py: ten updates, saved on SIGTERM; --loss gan fails, --loss cgan waits in the sixth
 import json, signal, sys, time
 from pathlib import Path
 given = dict(zip(sys.argv[1::2], sys.argv[2::2]))
-run = Path(given["{common.RUN_OPTION}"])
+run = Path(given["--out"])
 (run / "samples").mkdir(parents=True, exist_ok=True)
 if given.get("--loss") == "gan":
     sys.exit("pix2pix.py: no such loss")
-settings = {{"batch_size": 4, "k": 5, "precision": "fp32", "loss": given.get("--loss")}}
+settings = {"batch_size": 4, "k": 5, "precision": "fp32", "loss": given.get("--loss")}
 (run / "config.json").write_text(json.dumps(settings))
 first = int((run / "last.pt").read_text()) if (run / "last.pt").exists() else 0
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
@@ -32,7 +32,7 @@ for step in range(first + 1, 11):
     if given.get("--loss") == "cgan" and step == 6 and not first:
         time.sleep(60)
     with open(run / "log.jsonl", "a") as log:
-        log.write(json.dumps({{"step": step, "epoch": 1, "loss_G": 1 / step, "images_per_s": 1.0}}) + "\\n")
+        log.write(json.dumps({"step": step, "epoch": 1, "loss_G": 1 / step, "images_per_s": 1.0}) + "\\n")
     (run / "last.pt").write_text(str(step))
 if first < 10:
     from PIL import Image
@@ -311,8 +311,8 @@ def test_bad_arguments(given, named):
 def test_no_command_is_every_method(monkeypatch):
     """`python -m bench` makes the table of every method, once."""
     seen = []
-    monkeypatch.setattr(tables, "main", seen.append)
+    monkeypatch.setattr(tables, "main", lambda args: seen.append((args.tables, args.seeds, args.device)))
     main([])
     main(["--device", "cpu"])
-    assert seen == [["methods", "--seeds", "1"], ["methods", "--seeds", "1", "--device", "cpu"]]
+    assert seen == [(["methods"], 1, None), (["methods"], 1, "cpu")]
     assert {row.name for row in tables.rows_of("methods", "toy")} == {"vae", *(path.stem for path in ROOT.glob("*.py"))}
