@@ -1,6 +1,7 @@
 """What the measures share: images of any kind, digits, weights that come with the bench, results as JSON."""
 
 import base64
+import functools
 import hashlib
 import html
 import io
@@ -81,6 +82,7 @@ def read_samples(folder):
     return torch.stack([pil_to_tensor(read_image(file).convert("L")) for file in files.values()]), [*files]
 
 
+@functools.cache
 def read_digits(data, data_root, split):
     """Images uint8 (N, 1, 28, 28) and labels (N,) of "train", "valid" or "test", split as by GAN's authors."""
     if data == "toy":

@@ -158,7 +158,7 @@ def main(args):
     nets = {"trained": trained, "random": average(random, x["train"])}
     figure = Figure((9, 10), layout="tight")
     for axes, (name, D) in zip(figure.subplots(2), nets.items()):
-        axes.imshow(make_grid(exciting(D, x["test"]), 12, pad_value=0.5).permute(1, 2, 0))
+        axes.imshow(make_grid(exciting(D, x["test"]), 12, pad_value=0.5).permute(1, 2, 0).numpy())
         axes.set_title(f"{name} D: six filters, what excites them most and why", loc="left")
         axes.axis("off")
     args.to.mkdir(parents=True, exist_ok=True)

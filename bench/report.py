@@ -12,6 +12,7 @@ from PIL import Image
 from bench.columns import markdown, read_json
 from bench.common import data_uri, fail, page, save
 from bench.curves import curves
+from bench.study import fooled
 from bench.tables import TABLES, make
 
 PUBLISHED = Path("bench", "results")
@@ -46,15 +47,11 @@ def results_text(found):
     """bench/RESULTS.md, as text: the tables of which two rows were measured at least, and what people say."""
     sets = sorted({result["data"] for result in found if "case" in result}, key=lambda name: (name != "toy", name))
     parts = [make(name, data, found, least=2) for data in sets for name in TABLES]
-    studies = [result for result in found if "fooled" in result]
-    if studies:
-        shares = [f"{study['share']:.1%} ({study['low']:.1%} to {study['high']:.1%})" for study in studies]
-        none, trials = [""] * len(PEOPLE), [str(study["trials"]) for study in studies]
-        columns = [
-            ["", *PEOPLE, *(f"{study['study']}, {study['method']}" for study in studies)],
-            ["ours", *none, *shares],
-        ]
-        columns += [["trials", *none, *trials], ["paper", *PEOPLE.values(), *[""] * len(studies)]]
+    if studies := [result for result in found if "study" in result]:
+        labels = [f"{study['study']}, {study['method']}" for study in studies]
+        ours = [fooled(study["answers"]) for study in studies]
+        columns = [["", *PEOPLE, *labels], ["ours", *[""] * len(PEOPLE), *ours]]
+        columns.append(["paper", *PEOPLE.values(), *[""] * len(studies)])
         parts.append(markdown("What people take for real", columns, "paper: Isola et al. 2017, Table 3"))
     return "\n".join([HEAD, *filter(None, parts)])
 

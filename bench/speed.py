@@ -31,7 +31,7 @@ FLAGS = {  # for the paper's networks, size and batch; those of the toy set need
     "gan": "--data mnist --optimiser adam",
     "cgan": "--data mnist --optimiser adam",
     "dcgan": "--data celeba",
-    "text2img": "--data birds",
+    "text2img": "--size 64 --load-size 76 --batch-size 64 --text 1024 --nt 128 --nz 100 --ngf 128 --ndf 64",
     "pix2pix": "--data facades",
     "cyclegan": "--data horse2zebra",
 }

@@ -81,19 +81,22 @@ def test_counts_of_digits(tmp_path, monkeypatch, capsys):
     ("flags", "named"),
     [
         ("parzen --samples missing", "missing"),
-        ("parzen", "--samples"),
+        ("digits", "--samples"),
         ("digits --samples broken", "0.png"),
-        ("digits --samples small", "9x9"),
         ("digits --samples empty --data mnist2", "mnist2"),
+        ("tables nonsense", "nonsense"),
+        ("tables losses --data mnist", "mnist"),
+        ("tables --seeds many", "--seeds"),
+        ("tables --device nonsense", "nonsense"),
+        ("report --results missing", "missing"),
+        ("curves missing", "missing"),
         ("figures pix2pix", "figures pix2pix"),
-        ("figures gan --nonsense", "--nonsense"),
     ],
 )
 def test_bad_arguments(flags, named, tmp_path):
     """One sentence that names what is wrong."""
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "0.png").write_text("no image")
-    write_all(tmp_path / "small", torch.zeros(1, 1, 9, 9, dtype=torch.uint8), "0")
     with pytest.raises(SystemExit) as end:
         main(flags.split())
     assert named in end.value.code and "\n" not in end.value.code

@@ -1,8 +1,9 @@
-"""Methods compared as folders of images or as runs, and the study that asks people."""
+"""Methods compared by KID, FID, precision, recall and FCN-score, and the study that asks people."""
 
 import html
 import json
 import os
+import pickle
 import re
 import shutil
 import subprocess
@@ -13,35 +14,40 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch_fidelity
 from PIL import Image
+from torch import nn
+from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 import gan
-from bench import compare, fcn, fid, study
+from bench import common, compare, digits, fcn, fid, study
 from bench.__main__ import main
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+TOY = ("--features", "toy")
 
 
-def write_digits(folder, count, seed, suffix="png", size=28):
-    """Toy digits as grey images."""
+def write_all(folder, images, suffix="png"):
+    """A file for each of uint8 images (N, C, H, W)."""
     folder.mkdir(parents=True)
-    for i, image in enumerate(gan.digits(count, seed, size)[0]):
-        Image.fromarray(image[0].numpy()).save(folder / f"{i:03}.{suffix}")
+    for i, image in enumerate(images):
+        Image.fromarray(image.movedim(0, 2).squeeze().numpy()).save(folder / f"{i:03}.{suffix}")
 
 
 def rows_of(*flags):
+    """The rows of the comparison."""
     main(["compare", *map(str, flags), "--device", "cpu", "--out", "out"])
     return json.loads(Path("out", "compare.json").read_text())["rows"]
 
 
-TOY = ("--features", "toy")
+# -- the command -----------------------------------------------------------------------------------------------------
 
 
 def test_folders(tmp_path, capsys):
     """A row a method, in a table, a JSON and a page that needs nothing from elsewhere."""
-    write_digits(tmp_path / "real", 60, 0)
-    write_digits(tmp_path / "near", 50, 1, "webp")
-    write_digits(tmp_path / "far", 40, 2, "jpg", 14)
+    write_all(tmp_path / "real", gan.digits(60, 0)[0])
+    write_all(tmp_path / "near", gan.digits(50, 1)[0], "webp")
+    write_all(tmp_path / "far", gan.digits(40, 2, 14)[0], "jpg")
     with pytest.raises(SystemExit, match=r"far/000.jpg has 14x14 pixels.*--resize"):
         rows_of("--real", "real", "--samples", "ours=near", "theirs=far", *TOY)
     near, far = rows_of("--real", "real", "--samples", "ours=near", "theirs=far", "--resize", 28, *TOY)
@@ -57,17 +63,17 @@ def test_folders(tmp_path, capsys):
 
 def test_runs_stand_for_what_they_made(tmp_path, monkeypatch, capsys):
     """Of pix2pix.py its translations, of the others what they have drawn, or what they draw now."""
-    write_digits(tmp_path / "real", 5, 0)
+    write_all(tmp_path / "real", gan.digits(5, 0)[0])
     for script, made in (("pix2pix", "test"), ("dcgan", "sampled"), ("gan", None), ("cyclegan", "test")):
         (tmp_path / script).mkdir()
         torch.save({"script": script}, tmp_path / script / "last.pt")
         if made:
-            write_digits(tmp_path / script / made, 4, 1)
+            write_all(tmp_path / script / made, gan.digits(4, 1)[0])
     asked = []
 
     def run_script(*given):
         asked.append(given)
-        write_digits(tmp_path / "gan" / "sampled", 5, 2)
+        write_all(tmp_path / "gan" / "sampled", gan.digits(5, 2)[0])
 
     monkeypatch.setattr(compare, "run_script", run_script)
     os.utime(tmp_path / "dcgan" / "sampled", (0, 0))
@@ -112,6 +118,141 @@ def test_fcn_score_by_halves(tmp_path, monkeypatch):
         rows_of("--real", "real", "--samples", "good=good", "grey=grey", "--classes", "ids")
 
 
+# -- the numbers -----------------------------------------------------------------------------------------------------
+
+
+def test_precision_and_recall_by_hand():
+    """Precision is of samples, recall of real images; a ball reaches to the third neighbour."""
+    rng = np.random.default_rng(0)
+    samples, real = (rng.integers(0, most, (count, 2)).astype(float) for most, count in ((90, 25), (200, 40)))
+
+    def covered(points, centres):
+        away = np.sqrt(((centres[:, None] - centres) ** 2).sum(2))
+        reach = np.sort(away, 1)[:, 3]  # the first is itself
+        return (np.sqrt(((points[:, None] - centres) ** 2).sum(2)) <= reach).any(1).mean()
+
+    found = fid.compare(torch.from_numpy(samples), torch.from_numpy(real))
+    assert found["precision"] == pytest.approx(covered(samples, real), abs=1e-6)
+    assert found["recall"] == pytest.approx(covered(real, samples), abs=1e-6)
+    assert found["recall"] < 0.7 < found["precision"]
+
+
+def test_digits(tmp_path, capsys):
+    """Digits against themselves are at 0; other digits are nearer to digits than their negatives; all is in the row."""
+    images = gan.digits(120, 0)[0]
+    for name, some in (("real", images[:60]), ("near", images[60:]), ("far", 255 - images[60:])):
+        write_all(tmp_path / name, some)
+    row, near, far = rows_of("--real", "real", "--samples", "same=real", "near", "far", *TOY)
+    assert abs(row["fid"]) < 1e-5 and row["kid"] < 0 and row["precision"] == row["recall"] == 1
+    assert row["n_samples"] == row["n_real"] == 60 and row["resolution"] == "28x28"
+    assert row["features"] == "classifier of toy digits"
+    assert row["weights"] == common.file_hash(common.WEIGHTS / "digits-toy.pt")
+    assert row["torch_fidelity"] == torch_fidelity.__version__ and "60 images" in capsys.readouterr().out
+    assert [*row].index("kid") < [*row].index("fid")
+    assert far["kid"] > 5 * abs(near["kid"]) and far["fid"] > 5 * near["fid"] and far["recall"] < near["recall"]
+
+
+def test_features_of_digits_are_what_the_last_layer_is_given():
+    images = gan.digits(3, 0)[0].expand(-1, 3, -1, -1)
+    net, whole = fid.classifier("toy", None, "cpu")[0], digits.classifier("toy", None)
+    torch.testing.assert_close(whole[-1](net(images).float()), whole(images[:, :1] / 255))
+
+
+# -- images ----------------------------------------------------------------------------------------------------------
+
+
+def test_images_of_every_kind(tmp_path):
+    """Grey and 16-bit ones have three equal channels, what is transparent is white, photos stand upright."""
+    (tmp_path / "a" / "below").mkdir(parents=True)
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    Image.new("L", (3, 2), 77).save(tmp_path / "a" / "0.png")
+    Image.fromarray(np.full((2, 3), 77 * 257, np.uint16)).save(tmp_path / "a" / "1.png")
+    Image.new("RGBA", (3, 2), (9, 9, 9, 0)).save(tmp_path / "a" / "2.webp", lossless=True)
+    Image.new("RGB", (3, 2), (1, 2, 3)).save(tmp_path / "a" / "below" / "0.bmp")
+    Image.new("L", (2, 3), 50).save(tmp_path / "a" / "z.jpg", exif=turned)
+    (tmp_path / "a" / "notes.txt").write_text("no image")
+    Image.new("RGB", (5, 5)).save(tmp_path / "a" / ".hidden.png")
+    images = fid.Images("--samples", tmp_path / "a")
+    assert [image.shape for image in images] == [(3, 2, 3)] * 5 and images.size == (3, 2)
+    corners = [images[i].flatten(1)[:, 0].tolist() for i in range(5)]
+    assert corners == [[77] * 3, [77] * 3, [255] * 3, [1, 2, 3], [50] * 3]
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        ("--real good", "--samples"),
+        ("--samples few --real good", "few"),
+        ("--samples good --real mixed", "odd.png"),
+        ("--samples wide --real good", "--resize"),
+        ("--samples wide --real wide", "28x28"),
+        ("--samples good --real good --device cuda:99", "cuda:99"),
+        ("--samples good --real good --features inception --weights weights.pth", "weights.pth"),
+        ("--samples good --real good --features inception --weights harmful.pth", "harmful.pth"),
+        ("--samples good --real good --features inception", "--weights"),
+    ],
+)
+def test_bad_arguments(flags, named, tmp_path, monkeypatch):
+    """One sentence that names what is wrong; no code in a file of weights is run."""
+    for name, count in (("good", 6), ("mixed", 6), ("few", 3)):
+        write_all(tmp_path / name, gan.digits(count, 0)[0])
+    write_all(tmp_path / "wide", torch.zeros(4, 1, 28, 30, dtype=torch.uint8))
+    Image.new("L", (9, 9)).save(tmp_path / "mixed" / "odd.png")
+    torch.save(nn.Linear(2, 2).state_dict(), tmp_path / "weights.pth")
+    (tmp_path / "harmful.pth").write_bytes(pickle.dumps(Harmful()))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
+    with pytest.raises(SystemExit) as end:
+        main(f"compare --features toy {flags}".split())
+    said = end.value.code
+    assert said.startswith("bench: ") and len(said.splitlines()) == 1 and named in said and "weights_only" not in said
+    assert not (tmp_path / "harmed.txt").exists()
+
+
+class Harmful:
+    """Runs code when it is unpickled."""
+
+    def __reduce__(self):
+        return open, ("harmed.txt", "w")
+
+
+def no_network(*args, **others):
+    raise OSError("Name or service not known")
+
+
+# -- the Inception network -------------------------------------------------------------------------------------------
+
+
+def test_equal_to_torch_fidelity_by_hand(tmp_path, monkeypatch):
+    """On folders of grey and coloured images; random weights are named by their hash, known ones by their name."""
+    random_inception = tmp_path / "random.pth"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "load", lambda *args, **others: None)
+        patch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda self, weights: None)
+        torch.manual_seed(0)
+        net = FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path="none")
+    torch.save(net.state_dict(), random_inception)
+    rng = torch.Generator().manual_seed(0)
+    for name, low in (("samples", 0), ("real", 60)):
+        write_all(tmp_path / name, torch.randint(low, 256, (4, 3, 20, 24), generator=rng, dtype=torch.uint8))
+    Image.new("L", (24, 20), 99).save(tmp_path / "samples" / "grey.png")
+    (row,) = rows_of("--samples", "samples", "--real", "real", "--weights", random_inception)
+    settings = {"feature_extractor_weights_path": str(random_inception), "kid_subset_size": 2, "cuda": False}
+    settings |= {"feature_extractor": "inception-v3-compat", "feature_layer_prc": "2048"}
+    settings |= {"fid": True, "kid": True, "prc": True, "cache": False, "save_cpu_ram": True, "verbose": False}
+    found = torch_fidelity.calculate_metrics(input1="samples", input2="real", **settings)
+    for ours, theirs in (("kid", "kernel_inception_distance_mean"), ("kid_std", "kernel_inception_distance_std")):
+        assert row[ours] == pytest.approx(found[theirs], rel=1e-6)
+    assert row["fid"] == pytest.approx(found["frechet_inception_distance"], rel=1e-6)
+    assert (row["precision"], row["recall"]) == (found["precision"], found["recall"])
+    assert row["weights"] == common.file_hash(random_inception) != fid.INCEPTION
+    assert row["features"] == f"unknown weights {row['weights']}"
+    assert f"-{fid.INCEPTION}.pth" in fid.URL_INCEPTION_V3
+    monkeypatch.setattr(fid, "file_hash", lambda path: fid.INCEPTION)
+    assert fid.inception(random_inception, "cpu")[1:] == ("inception-v3-compat", "6726825d")
+
+
 # -- the study -------------------------------------------------------------------------------------------------------
 
 
@@ -126,33 +267,27 @@ def write_study(folder):
     return page, [pair[0] for pair in json.loads(re.search(r'"pairs": (\[\[.*?\]\])', page)[1])]
 
 
-def result(fooled, trials):
-    """What the page saves."""
-    answers = [i < fooled for i in range(trials)]
-    share, low, high = study.share_fooled(answers)
-    numbers = {"trials": trials, "fooled": fooled, "share": share, "low": low, "high": high, "answers": answers}
-    return {"measure": "study", "study": "map to photo", "method": "ours", **numbers}
-
-
 @pytest.mark.parametrize(("fooled", "trials"), [(0, 40), (7, 40), (40, 40), (189, 1000)])
 def test_interval_by_hand(fooled, trials):
     """Its ends are the shares p from which what was seen is 1.96 standard errors away: roots of a quadratic."""
     share, z = fooled / trials, 1.959963984540054
-    roots = np.roots([1 + z**2 / trials, -2 * share - z**2 / trials, share**2])
-    assert study.share_fooled([1] * fooled + [0] * (trials - fooled)) == pytest.approx((share, *sorted(roots)))
+    low, high = sorted(np.roots([1 + z**2 / trials, -2 * share - z**2 / trials, share**2]).real)
+    said = study.fooled([True] * fooled + [False] * (trials - fooled))
+    found = [float(number) / 100 for number in re.findall(r"([\d.]+)%", said)]
+    assert said.startswith(f"{fooled} of {trials}, ") and found == pytest.approx([share, low, high], abs=6e-4)
 
 
 def test_results(tmp_path, capsys):
-    """Those of several people are printed one by one and together; numbers that are not of the answers are refused."""
-    for name, fooled in (("anna", 4), ("ben", 12)):
-        (tmp_path / f"{name}.json").write_text(json.dumps(result(fooled, 40)))
+    """Those of several people are printed one by one and together."""
+    for name, count in (("anna", 4), ("ben", 12)):
+        answers = [i < count for i in range(40)]
+        (tmp_path / f"{name}.json").write_text(json.dumps({"study": "map to photo", "answers": answers}))
     main("study --results anna.json ben.json".split())
-    assert "anna.json: 4 of 40, 10.0 % " in (said := capsys.readouterr().out).replace("%", " %")
-    assert "all together: 16 of 80, 20.0%" in said
-    for change in ({"share": 0.5}, {"fooled": 5}, {"high": 0.1}, {"answers": []}, {"answers": None}):
-        (tmp_path / "anna.json").write_text(json.dumps(result(4, 40) | change))
-        with pytest.raises(SystemExit, match="--results anna.json"):
-            main("study --results anna.json".split())
+    said = capsys.readouterr().out
+    assert "anna.json: 4 of 40, 10.0% " in said and "all together: 16 of 80, 20.0%" in said
+    (tmp_path / "anna.json").write_text("{}")
+    with pytest.raises(SystemExit, match="--results anna.json"):
+        main("study --results anna.json".split())
 
 
 def test_pairs(tmp_path, capsys):
@@ -174,7 +309,7 @@ def test_page_in_a_browser(tmp_path):
     """Someone is fooled in every third pair: the page counts the last forty, and saves what Python makes of them."""
     page, real = write_study(tmp_path)
     someone = """<script>
-    const real = %s, seen = new Set(), times = [];
+    const real = %s, times = [];
     let left = null, shown = 0, pairs = 0;
     document.getElementById("start").click();
     setInterval(() => {
@@ -195,10 +330,7 @@ def test_page_in_a_browser(tmp_path):
     seen = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
     saved = json.loads(urllib.parse.unquote(html.unescape(re.search(r'href="data:application/json,([^"]*)"', seen)[1])))
     answers = [i % 3 == 0 for i in range(10, 50)]
-    share, low, high = study.share_fooled(answers)
-    numbers = [saved.pop(name) for name in ("share", "low", "high")]
-    assert numbers == pytest.approx([share, low, high], abs=1e-12)
-    about = {"measure": "study", "study": "map to photo", "method": "ours"}
-    assert saved == about | {"trials": 40, "fooled": 13, "answers": answers}
+    assert saved == {"measure": "study", "study": "map to photo", "method": "ours", "answers": answers}
+    assert "You took 13 of 40 images for real" in seen
     least, most, pairs = map(int, re.search(r'data-times="(\d+) (\d+) (\d+)"', seen).groups())
     assert 950 <= least <= most <= 1100 and pairs == 50

@@ -87,14 +87,11 @@ def test_all_rows_before_the_next_seed(tmp_path):
     assert names == ["dcgan-mnist-0", "cgan-mnist-0", "gan-mnist-0", "vae-mnist-0"]
 
 
-def test_spread_by_hand():
-    assert columns.spread([0.1, 0.2, 0.6], 9, ".2f") == "0.30 ± 0.26"  # squares .04 + .01 + .09 = .14; / 2 = .07
-    assert columns.spread([0.123], None, ".2f") == "0.12" and columns.spread([], None, ".2f") == ""
-    assert columns.spread([232.6], 1.9, ".0f") == "233 ± 2"
-
-
 def test_table_by_hand():
-    """Ours and the paper's side by side, real images on top, empty cells where nothing was measured."""
+    """Ours and the paper's side by side, real images on top, empty cells where nothing was measured.
+
+    Of .4, .5 and .6 the squares from the mean are .01 + .01; half of them is .1 squared.
+    """
     some = [result("pix2pix-l1", seed, photo_pixel=0.4 + 0.1 * seed, photo_iou=0.25) for seed in range(3)]
     some += [result("pix2pix", photo_pixel=0.7, photo_iou={"value": 0.5, "error": 0.03})]
     some += [result("pix2pix", data="mnist", photo_pixel=0.0)]
@@ -120,11 +117,11 @@ def test_speed_and_memory():
 
 def test_few_images_for_fid():
     """Below 2,048 images there is a warning, and KID stands first."""
-    rows, note = table("variants", [result("dcgan", kid=1.0, fid={"value": 2.0, "n_samples": 10000, "n_real": 2047})])
-    assert "fewer than 2,048" in note and rows[""][:2] == ["KID", "FID"]
+    for count in (2047, 2048):
+        some = [result("dcgan", kid=1.0, fid={"value": 2.0, "n_samples": 10000, "n_real": count})]
+        rows, note = table("variants", some)
+        assert ("fewer than 2,048" in note) == (count < 2048) and rows[""][:2] == ["KID", "FID"]
     assert rows["not saturating"][-2:] == ["1,800", "1"]  # updates of G, seeds
-    enough = {"value": 2.0, "n_samples": 10000, "n_real": 2048}
-    assert "fewer" not in table("variants", [result("dcgan", fid=enough)])[1]
 
 
 def test_published_tables_are_up_to_date():
@@ -148,11 +145,10 @@ def test_markers():
         report.fill_readme("<!-- bench:losses toy -->\n", found)
 
 
-def test_page(tmp_path, capsys):
+def test_page(tmp_path):
     """One file with the tables, samples, curves and a study beside the paper's numbers; what a label holds is text."""
     found = {"a": result("pix2pix-l1", photo_iou=0.25) | {"flags": ["<script>"]}, "b": result(photo_iou=0.5)}
-    found["study"] = {"study": "map to photo", "method": "mine", "trials": 40, "fooled": 6, "share": 0.15}
-    found["study"] |= {"low": 0.071, "high": 0.291}
+    found["study"] = {"study": "map to photo", "method": "mine", "answers": [True] * 6 + [False] * 34}
     (tmp_path / "results").mkdir()
     for name, each in found.items():
         (tmp_path / "results" / f"{name}.json").write_text(json.dumps(each))
@@ -163,7 +159,6 @@ def test_page(tmp_path, capsys):
     assert "href" not in page and "<script" not in page and "pix2pix.py --data toy &lt;script&gt;" in page
     for text in ("0.25", "map to photo, mine", "15.0% (7.1% to 29.1%)", "18.9 ± 2.5 %", "2.8 ± 1.0 %"):
         assert text in page
-    assert not (tmp_path / "README.md").exists()
 
 
 def test_curves(tmp_path):
@@ -259,7 +254,7 @@ __main__.main(["tables", "losses", "--seeds", "1", "--runs", "runs"])
 
 
 def test_clean(tmp_path, monkeypatch):
-    """New files of others don't count, new Python files and changed ones do."""
+    """New files of others don't count, changed ones do."""
     monkeypatch.setattr(speed, "ROOT", tmp_path)
     assert speed.circumstances("cpu")["commit"] is None
     (tmp_path / "a.py").write_text("1")
@@ -268,9 +263,6 @@ def test_clean(tmp_path, monkeypatch):
         subprocess.run([*git, *command], cwd=tmp_path, check=True, capture_output=True)
     (tmp_path / "cache.pt").write_text("")
     assert speed.circumstances("cpu")["clean"] is True
-    (tmp_path / "b.py").write_text("")
-    assert speed.circumstances("cpu")["clean"] is False
-    (tmp_path / "b.py").unlink()
     (tmp_path / "a.py").write_text("2")
     assert speed.circumstances("cpu")["clean"] is False
 
@@ -285,27 +277,6 @@ def test_vae(tmp_path):
     assert json.loads((tmp_path / "run" / "config.json").read_text())["precision"] == "fp32"
     (row,) = columns.read_log(tmp_path / "run")
     assert row["step"] == 2 and row["reconstruction"] > 100 and row["divergence"] >= 0
-    with pytest.raises(SystemExit, match="last.pt"):
-        vae.main(["--out", str(tmp_path / "nothing"), "--sample", "3"])
-
-
-@pytest.mark.parametrize(
-    ("given", "named"),
-    [
-        ("tables nonsense", "nonsense"),
-        ("tables losses --data mnist", "mnist"),
-        ("tables --seeds many", "--seeds"),
-        ("tables --device nonsense", "nonsense"),
-        ("report --results missing", "missing"),
-        ("curves missing", "missing"),
-        ("nonsense", "nonsense"),
-    ],
-)
-def test_bad_arguments(given, named):
-    """One sentence that names what is wrong."""
-    with pytest.raises(SystemExit) as end:
-        main(given.split())
-    assert named in end.value.code and "\n" not in end.value.code
 
 
 def test_no_command_is_every_method(monkeypatch):
