@@ -1,133 +1,112 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["torch>=2.11", "torchvision>=0.26", "numpy>=2", "pillow>=11", "filelock>=3"]
+# dependencies = ["torch>=2.11", "torchvision>=0.26", "numpy>=2", "pillow>=11", "tqdm>=4.66"]
 # ///
-"""pix2pix: a conditional GAN that turns one kind of image into another, learned from pairs.
+"""pix2pix: a conditional GAN that translates images, learned from pairs of input and output.
 
 Isola, Zhu, Zhou, Efros: Image-to-Image Translation with Conditional Adversarial Networks. CVPR 2017, arXiv:1611.07004.
-G maps an input x to an output G(x); D looks at x and an output, patch by patch, and tells a real y from G(x):
+G translates an input x to G(x). D looks at x and an output, patch by patch, and tells a real y from G(x):
     G* = arg min_G max_D  E[log D(x, y)] + E[log(1 - D(x, G(x)))] + lambda E|y - G(x)|          (Eq. 4)
-As in the authors' Torch code one pass of D over G(x) serves both losses; as in their later code the 1x1 bottleneck has
-no norm, which would wipe it out.
 
-    python pix2pix.py                                          # train on toy streets, drawn here, in minutes on a CPU
-    python pix2pix.py --data facades                           # download, train; stop it and repeat this: it goes on
+    python pix2pix.py                                          # train on toy streets, drawn here: minutes on a CPU
+    python pix2pix.py --data facades                           # download and train; stop it, repeat this to resume
     python pix2pix.py --data facades --translate labels.png    # use what was trained, on an image or a folder
+
+Departures: one pass of G and D serves both losses, then both step (the authors' Torch code steps D first, then sends
+G's gradient through the new D). G's innermost 1x1 map has no norm, as in their later code: batch norm would erase it.
+The rate is constant; --decay-epochs 100 is their later schedule. Colorization divides ab by 127.5, not by 110.
 """
 
 import argparse
 import contextlib
+import copy
 import functools
+import glob
 import hashlib
-import io
 import itertools
 import json
-import logging
 import math
 import os
+import re
 import shutil
 import signal
-import socket
 import sys
-import tarfile
-import tempfile
-import time
 import warnings
-import zipfile
 from concurrent.futures import ThreadPoolExecutor
-from copy import deepcopy
-from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
-from PIL import Image, ImageCms, ImageFilter, ImageOps
+from filelock import FileLock
+from PIL import Image, ImageCms, ImageOps
 from torch import distributed as dist
 from torch import nn
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import make_grid
+from tqdm import tqdm
 
-SCRIPT, HOST = "pix2pix", "http://efrosgans.eecs.berkeley.edu/pix2pix/datasets/"
-SETS = {  # the named sets, and what each changes
+METHOD, SCRIPT = "pix2pix", Path(__file__).stem
+SETS = {  # the named sets, and which defaults each changes
     "toy": dict(size=64, load_size=64, ngf=32, ndf=32, n_layers=2, epochs=12, batch_size=4, save_every=600),
     "facades": dict(direction="BtoA"),
     "maps": dict(),
-    "cityscapes": dict(direction="BtoA"),
-    "edges2shoes": dict(epochs=15, batch_size=4),
-    "edges2handbags": dict(epochs=15, batch_size=4),
+    **dict.fromkeys(("edges2shoes", "edges2handbags"), dict(epochs=15, batch_size=4)),
     "night2day": dict(direction="BtoA", epochs=17, batch_size=4),
 }
-MADE = {"gray": (1, 2), "hole": (3, 3), "edges": (1, 3)}  # channels of input and output, --from photos
-PROFILES = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
-ADVICE = "lower --lr, or use --precision fp32"  # against what is not finite
-RANK, WORLD = (int(os.environ.get(name, start)) for name, start in (("RANK", 0), ("WORLD_SIZE", 1)))  # torchrun
-FREE = "settings data_root run max_steps save_every skip_bad fresh device bf16 no_capture translate to eval"
+FIXED = "direction source size load_size no_mirror loss lambda_l1 no_skips ngf ndf n_layers seed images".split()
+CHANNELS = {None: (3, 3), "gray": (1, 2), "hole": (3, 3)}  # of x and y, by --from; gray is L and ab of CIE Lab
+RGB, LAB = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
+LAYOUTS = "give images with A and B side by side, or folders A and B, in folders train and test"
+IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+MODES = "1 L LA P PA RGB RGBA CMYK I;16 I;16B".split()  # the Pillow images that 8 bits of red, green and blue can show
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
 
 
 def get_args(argv=None):
-    """Settings from `argv` or the command line; what is not given is the paper's, or that of the set."""
-    parser = argparse.ArgumentParser(f"{SCRIPT}.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.error, add = refuse, parser.add_argument
-    add("--data", default="toy", help=f"{', '.join(SETS)}, or a folder: side-by-side images, or A/ and B/")
-    add("--data-root", type=Path, default=Path("data"), help="where downloads go, or lie already")
-    add("--direction", choices=("AtoB", "BtoA"), default="AtoB", help="which half is the input; A is the left one")
-    add("--from", dest="source", choices=tuple(MADE), help="make the pairs from a folder of photos")
-    add("--size", type=int, default=256, help="crop trained on, a power of two")
-    add("--load-size", type=int, help="size before the random crop (286 for 256); --size for no jitter")
+    """Options from `argv` or the command line. The defaults are the paper's, or those of the named set."""
+    parser = argparse.ArgumentParser(usage="%(prog)s [options]", description=__doc__.partition("\n")[0])
+    parser.formatter_class = functools.partial(argparse.ArgumentDefaultsHelpFormatter, width=120)
+    add = parser.add_argument
+    add("--data", default="toy", help=f"a folder of pairs, or one of {', '.join(SETS)}")
+    add("--data-root", type=Path, default="data", help="for downloads and decoded images")
+    add("--direction", choices=("AtoB", "BtoA"), default="AtoB", help="A is the left half or folder")
+    add("--from", dest="source", choices=("gray", "hole"), help="pairs from photos: colorization, inpainting")
+    add("--size", type=int, default=256, help="of a crop, a power of two")
+    add("--load-size", type=int, help="of an image before the random crop; None: 286 / 256 of --size")
     add("--no-mirror", action="store_true", help="no random mirroring")
-    add("--in-channels", type=int, choices=range(1, 5), default=3, help="1 grey, 3 colour, 2 and 4 with alpha")
-    add("--out-channels", type=int, choices=range(1, 5), default=3, help="the same for the output; --from has its own")
-    add("--loss", choices=("l1", "gan", "cgan", "l1+gan", "l1+cgan"), default="l1+cgan", help="a row of Table 1")
-    add("--lambda-l1", type=float, default=100.0, help="weight of the L1 term (Eq. 4)")
-    add("--no-skips", action="store_true", help="encoder-decoder instead of U-Net (Sec. 3.2)")
-    add("--norm", choices=("batch", "instance"), default="batch", help="normalisation in G and D")
+    add("--loss", choices=("l1", "gan", "cgan", "l1+gan", "l1+cgan"), default="l1+cgan", help="Table 1")
+    add("--lambda-l1", type=float, default=100.0, help="weight of L1, Eq. 4")
+    add("--no-skips", action="store_true", help="encoder-decoder instead of U-Net, Sec. 3.2")
     add("--ngf", type=int, default=64, help="channels of G's first layer")
     add("--ndf", type=int, default=64, help="channels of D's first layer")
-    add("--n-layers", type=int, default=3, help="D's strided layers: 0, 1, 3, 5 see 1, 16, 70, 286 pixels")
+    add("--n-layers", type=int, default=3, help="strided layers of D: 0, 1, 3, 5 see 1, 16, 70, 286 pixels")
     add("--epochs", type=int, default=200, help="passes over the pairs")
-    add("--decay-epochs", type=int, default=0, help="over the last so many the rate falls linearly to zero")
-    add("--batch-size", type=int, default=1, help="pairs an update")
-    add("--lr", type=float, default=2e-4, help="Adam's rate; its beta1 is .5")
-    add("--seed", type=int, default=0, help="of weights, order, jitter and dropout")
-    add("--run", type=Path, help="run folder (runs/pix2pix-DATA)")
-    add("--max-steps", type=int, help="stop after so many updates")
-    add("--save-every", type=int, default=5000, help="updates between checkpoints; ten minutes at most")
-    add("--skip-bad", action="store_true", help="train without the images that cannot be read")
-    add("--fresh", action="store_true", help="start over; the old run is kept as DIR.old-N")
-    add("--device", help="cpu, cuda, cuda:1, mps, ... (the accelerator, if there is one)")
-    add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 where it is much faster")
-    add("--no-capture", action="store_true", help="on CUDA: launch kernels one by one, not as a recorded graph")
-    add("--translate", type=Path, metavar="PATH", help="translate an image or a folder with what was trained")
-    add("--to", type=Path, help="folder for translations (RUN/translated)")
-    add("--eval", action="store_true", help="translate without dropout, with running averages, unlike the paper")
-    parser.set_defaults(**SETS.get(parser.parse_known_args(argv)[0].data, {}))
-    parser.set_defaults(batch_size=math.ceil(parser.get_default("batch_size") / WORLD) * WORLD)  # a share each
+    add("--decay-epochs", type=int, default=0, help="last epochs, in which the rate falls to 0")
+    add("--batch-size", type=int, default=1, help="over all processes")
+    add("--lr", type=float, default=2e-4, help="learning rate of Adam")
+    add("--seed", type=int, default=0, help="of weights, order, crops and dropout")
+    add("--out", type=Path, help=f"run folder; None: runs/{SCRIPT}-DATA")
+    add("--init", type=Path, metavar="RUN", help="start from the weights of another run (fine-tuning)")
+    add("--max-steps", type=int, help="stop after this many updates in all")
+    add("--save-every", type=int, help="updates between checkpoints; None: ten minutes")
+    add("--fresh", action="store_true", help="delete checkpoint, log and samples")
+    add("--device", help="cpu, cuda, cuda:1, mps, ...; None: the accelerator, if there is one")
+    add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 where the device has it")
+    add("--no-capture", action="store_true", help="on CUDA: no CUDA graph")
+    add("--translate", type=Path, metavar="PATH", help="use G on an image or a folder")
+    add("--to", type=Path, help="folder for translations; None: OUT/translated")
+    data = parser.parse_known_args(argv)[0].data
+    data = f"./{data}" if data in SETS and Path(data).is_dir() else data  # a folder that is there comes first
+    parser.set_defaults(**SETS.get(data, {}))
     args = parser.parse_args(argv)
-    limits = {int: 2**63, float: math.inf}
-    for name, value in vars(args).items():
-        least = 0 if name in ("lambda_l1", "n_layers", "decay_epochs", "lr", "seed") else 1
-        if type(value) in limits and not least <= value < limits[type(value)]:
-            refuse(f"--{name.replace('_', '-')} {value}: give a number from {least} up, below {limits[type(value)]}")
-    args.load_size = args.load_size or args.size * 286 // 256
-    args.in_channels, args.out_channels = MADE.get(args.source, (args.in_channels, args.out_channels))
-    args.run = args.run or Path("runs", f"{SCRIPT}-{os.path.basename(os.path.realpath(args.data))}")
+    args.data, args.images, args.load_size = data, None, args.load_size or args.size * 286 // 256
+    check_args(args, may_be_zero=("lambda_l1", "n_layers", "decay_epochs", "lr", "seed"))
     if args.size & (args.size - 1) or not max(16, 3 << args.n_layers) <= args.size <= args.load_size:
-        refuse(f"--size {args.size}: give a power of two above 2 * 2**n_layers, 16 to --load-size {args.load_size}")
+        fail(f"--size {args.size}: give a power of two from 16 to --load-size, above 2 * 2**N of --n-layers N")
     if args.source and (args.data in SETS or args.direction == "BtoA"):
-        refuse(f"--from {args.source} needs a folder of photos as --data, and no --direction")
-    if args.batch_size % WORLD:
-        refuse(f"--batch-size {args.batch_size}: give a multiple of {WORLD}, the number of processes")
-    if WORLD > 1 and torch.accelerator.is_available():
-        torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
-    args.device = args.device or str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
-    with blame(f"--device {args.device} is not to be had on this machine: leave it out to use what there is"):
-        args.device = str(torch.zeros(1, device=args.device).device)
-    units = [name for name, there in torch.cpu.get_capabilities().items() if there] if args.device == "cpu" else []
-    fast = {"avx512_bf16", "amx_bf16"} & {*units} or "cuda" in args.device and torch.cuda.is_bf16_supported(False)
-    args.bf16 = args.precision == "bf16" or args.precision == "auto" and bool(fast)
+        fail("--from needs a folder of photos as --data, and no --direction")
     return args
 
 
@@ -137,22 +116,21 @@ def get_args(argv=None):
 class Generator(nn.Module):
     """U-Net (Sec. 3.2): encoder C64-C128-C256-C512-C512-C512-C512-C512 and its mirror, each level joined to its own.
 
-    Every convolution is 4x4 with stride 2, one for each factor of two in `size`; innermost is a 1x1 map.
     x (N, in_channels, H, W) in [-1, 1], H and W multiples of `size` -> (N, out_channels, H, W) in [-1, 1].
     """
 
-    def __init__(self, in_channels=3, out_channels=3, size=256, ngf=64, norm="batch", skips=True):
+    def __init__(self, in_channels=3, out_channels=3, size=256, ngf=64, skips=True):
         super().__init__()
-        Norm, bias = (nn.BatchNorm2d, False) if norm == "batch" else (nn.InstanceNorm2d, True)
         self.skips, self.down, self.up = skips, nn.ModuleList(), nn.ModuleList()
         width = [ngf * min(2**i, 8) for i in range(int(math.log2(size)))]
         for i in range(len(width)):
             first, last = i == 0, i == len(width) - 1
-            down = [nn.LeakyReLU(0.2), nn.Conv2d(in_channels if first else width[i - 1], width[i], 4, 2, 1, bias=bias)]
-            down += [] if first or last else [Norm(width[i])]  # a normalised 1x1 map would hold nothing
+            c_in, c_out = in_channels if first else width[i - 1], width[i]
+            down = [nn.LeakyReLU(0.2), nn.Conv2d(c_in, c_out, 4, 2, 1, bias=False)]
+            down += [] if first or last else [nn.BatchNorm2d(c_out)]  # a normalised 1x1 map would hold nothing
             c_in, c_out = width[i] if last or not skips else 2 * width[i], out_channels if first else width[i - 1]
-            up = [nn.ReLU(), nn.ConvTranspose2d(c_in, c_out, 4, 2, 1, bias=bias or first)]
-            up += [nn.Tanh()] if first else [Norm(c_out)]
+            up = [nn.ReLU(), nn.ConvTranspose2d(c_in, c_out, 4, 2, 1, bias=first)]
+            up += [nn.Tanh()] if first else [nn.BatchNorm2d(c_out)]
             up += [nn.Dropout(0.5)] if i >= len(width) - 3 else []  # the noise z, at test time too (Sec. 3.1)
             self.down.append(nn.Sequential(*down[first:]))
             self.up.insert(0, nn.Sequential(*up))
@@ -160,7 +138,8 @@ class Generator(nn.Module):
     def forward(self, x):
         levels = []
         for down in self.down:
-            levels.append(x := down(x))  # (N, 64, H/2, W/2), (N, 128, H/4, W/4), ... (N, 512, H/size, W/size)
+            x = down(x)  # (N, 64, H/2, W/2), (N, 128, H/4, W/4), ... (N, 512, H/size, W/size)
+            levels.append(x)
         x = self.up[0](levels.pop())
         for up in self.up[1:]:
             x = up(torch.cat([x, levels.pop()], 1) if self.skips else x)
@@ -168,22 +147,20 @@ class Generator(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """PatchGAN (Sec. 3.2): C64-C128-C256-C512, a logit for each patch of 70x70 pixels, with three strided layers.
+    """PatchGAN (Sec. 3.2): C64-C128-C256-C512, a logit for each patch of 70x70 pixels; `n_layers` 0 is PixelGAN.
 
-    1, 2, 4 or 5 strided layers see 16, 34, 142 or 286 pixels; 0 is PixelGAN, C64-C128 with 1x1 kernels.
-    x (N, in_channels, H, W) in [-1, 1] -> logits (N, 1, h, w): 30x30 for 70x70 patches of 256x256.
+    x (N, in_channels, H, W) in [-1, 1] -> logits (N, 1, h, w), 30x30 for x of 256x256.
     """
 
-    def __init__(self, in_channels=6, ndf=64, n_layers=3, norm="batch"):
+    def __init__(self, in_channels=6, ndf=64, n_layers=3):
         super().__init__()
-        Norm, bias = (nn.BatchNorm2d, False) if norm == "batch" else (nn.InstanceNorm2d, True)
         kernel, pad = (4, 1) if n_layers else (1, 0)
         width = [ndf * min(2**i, 8) for i in range(max(n_layers, 1) + 1)]
         layers = [nn.Conv2d(in_channels, ndf, kernel, 2 if n_layers else 1, pad), nn.LeakyReLU(0.2)]  # no norm here
         for i in range(1, len(width)):
-            conv = nn.Conv2d(width[i - 1], width[i], kernel, 2 if i < n_layers else 1, pad, bias=bias)
-            layers += [conv, Norm(width[i]), nn.LeakyReLU(0.2)]
-        self.layers = nn.Sequential(*layers, nn.Conv2d(width[-1], 1, kernel, 1, pad, bias=bias or n_layers > 0))
+            conv = nn.Conv2d(width[i - 1], width[i], kernel, 2 if i < n_layers else 1, pad, bias=False)
+            layers += [conv, nn.BatchNorm2d(width[i]), nn.LeakyReLU(0.2)]
+        self.layers = nn.Sequential(*layers, nn.Conv2d(width[-1], 1, kernel, 1, pad, bias=n_layers > 0))
 
     def forward(self, x):
         return self.layers(x)
@@ -205,30 +182,28 @@ def gan_loss(logits, real):
 
 
 def build(args):
-    """{name: network or optimiser}: all that is learned, on args.device; a checkpoint holds their states."""
+    """{name: network or optimizer} on args.device: all that is learned, and so all that last.pt holds."""
     torch.manual_seed(args.seed)
-    seen = args.out_channels + ("cgan" in args.loss) * args.in_channels  # an unconditional D does not see x
-    G = init_weights(Generator(args.in_channels, args.out_channels, args.size, args.ngf, args.norm, not args.no_skips))
-    D = init_weights(Discriminator(seen, args.ndf, args.n_layers, args.norm))
-    state = {"G": G.to(args.device), "D": D.to(args.device)}
-    for name in "GD":  # with the rate as a tensor, so that a recorded step follows the schedule
-        rate, betas, fit = torch.tensor(args.lr, device=args.device), (0.5, 0.999), "cuda" in args.device
-        state[f"opt_{name}"] = torch.optim.Adam(state[name].parameters(), rate, betas, fused=True, capturable=fit)
-    return state
+    c_in, c_out = CHANNELS[args.source]
+    G = init_weights(Generator(c_in, c_out, args.size, args.ngf, not args.no_skips)).to(args.device)
+    seen = c_in + c_out if "cgan" in args.loss else c_out  # an unconditional D does not see x
+    D = init_weights(Discriminator(seen, args.ndf, args.n_layers)).to(args.device)
+    # Rates are tensors, so that a CUDA graph follows the schedule.
+    adam = dict(betas=(0.5, 0.999), fused=True, capturable="cuda" in args.device)
+    opt_G = torch.optim.Adam(G.parameters(), torch.tensor(args.lr, device=args.device), **adam)
+    opt_D = torch.optim.Adam(D.parameters(), torch.tensor(args.lr, device=args.device), **adam)
+    return {"G": G, "D": D, "opt_G": opt_G, "opt_D": opt_D}
 
 
 def make_step(args, state):
-    """Returns `step(x, y)`: one update of D and G on inputs and targets (N, C, size, size) in [-1, 1].
-
-    It gives back its losses as 0-d tensors and reads nothing back from the device, so it can be recorded and replayed.
-    """
-    G, D, opt_G, opt_D = (state[name] for name in ("G", "D", "opt_G", "opt_D"))
+    """Returns `step(x, y)`: one update of D and G on x and y (N, C, size, size) in [-1, 1]. It returns 0-d losses."""
+    G, D, opt_G, opt_D = state["G"], state["D"], state["opt_G"], state["opt_D"]
 
     def step(x, y):
         losses, loss_G = {}, 0.0
         opt_D.zero_grad()
         opt_G.zero_grad()
-        with torch.autocast(x.device.type, torch.bfloat16, args.bf16):
+        with torch.autocast(x.device.type, torch.bfloat16, args.precision == "bf16"):
             fake = G(x)
             if "gan" in args.loss:  # one pass each: batch norm needs the statistics of each
                 on_real = D(torch.cat([x, y], 1) if "cgan" in args.loss else y)
@@ -251,112 +226,35 @@ def make_step(args, state):
 
 
 def train(args):
-    """Train for --epochs, from RUN/last.pt if it is there, then translate the test split. Returns the run folder."""
-    (pairs, read), (tests, read_test), state = load_pairs(args, "train"), load_pairs(args, "test"), build(args)
-    with locked(args.run), signals() as stopped:
-        begun = resume(args, state, len(pairs))
-        goal = max(begun, min(math.ceil(args.epochs * len(pairs) / args.batch_size), args.max_steps or math.inf))
-        update, row, saved = capture(make_step(args, state), args), (time.monotonic(), begun), time.monotonic()
-        for step, (epoch, x, y) in zip(range(begun + 1, goal + 1), batches(args, len(pairs), read, begun)):
-            decay = max(0, epoch - args.epochs + args.decay_epochs) / (args.decay_epochs + 1)
-            for optimiser in (state["opt_D"], state["opt_G"]):
-                optimiser.param_groups[0]["lr"].fill_(args.lr * (1 - decay))
-            torch.manual_seed(hash((args.seed, step)) + RANK)  # dropout; so that an update is the same after a stop
-            losses = update(x, y)
-            ending = agreed(stopped)
-            saving = ending or step == goal or step % args.save_every == 0 or time.monotonic() - saved > 600
-            row = report(args, step, goal, epoch, losses, row, saving or step == begun + 1)
-            if saving and not RANK:
-                paint(args, state["G"], tests[:4], read_test, args.run / "samples" / f"{step:07}.png")
-                saved = save(args, state, step)
-            if ending:
-                break
-    with locked(args.run, 60):
-        if not (grid := args.run / "samples" / f"{goal:07}-test.png").exists():
-            paint(args, state["G"], tests, read_test, grid, args.run / "test")
-    print(f"{args.run} is finished, {goal} updates: {grid} shows the test split; --fresh starts over")
-    return args.run
+    """Train for --epochs, from last.pt if it is there, then translate the test split. Returns the run folder."""
+    state = build(args)
+    init_distributed(args, state)
+    pairs, tests, names = load_pairs(args)
+    run = Run(args, state, len(pairs))
+    update, loader = capture(make_step(args, state), args), batches(args, pairs, run.images_seen)
+    for step in range(run.start_step + 1, run.last_step + 1):
+        epoch, x, y = next(loader)
+        decay = max(0, epoch - args.epochs + args.decay_epochs) / (args.decay_epochs + 1)
+        for name in ("opt_G", "opt_D"):
+            state[name].param_groups[0]["lr"].fill_(args.lr * (1 - decay))
+        torch.manual_seed(hash((args.seed, step)) + RANK)  # dropout depends on the step alone, so a run can resume
+        if run.report(step, epoch, update(x, y)):  # it is time to save
+            save_grid(args, state["G"], tests[:4], names, step)
+            run.save_checkpoint(step)
+        if run.should_stop:
+            break
+    del update  # NCCL waits for the end of a CUDA graph before it lets the process group go
+    run.close()
+    if RANK == 0:
+        save_grid(args, state["G"], tests, names, run.last_step)
+    return args.out
 
 
-# -- the house -------------------------------------------------------------------------------------------------------
-
-
-def refuse(sentence):
-    """Bad input ends in one sentence and exit status 2, by way of `main`."""
-    raise SystemExit(f"{SCRIPT}.py: {sentence}")
-
-
-@contextlib.contextmanager
-def blame(what):
-    """Refuse `what` if anything goes wrong with it: what others wrote or sent fails in many ways."""
-    try:
-        yield
-    except Exception as error:
-        error = error.__context__ if isinstance(error.__context__, OSError) else error  # torch.save hides a full disk
-        refuse(f"{what} ({str(error).partition(chr(10))[0].partition('. ')[0] or type(error).__name__:.500})")
-
-
-@contextlib.contextmanager
-def replacing(path):
-    """A file to write to, which becomes `path` when it is whole and on the disk, and otherwise leaves nothing."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    with blame(f"{path} cannot be written"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(part, "wb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def locked(path, wait=0):
-    """Only one process at a time is in here for a `path`: others wait so many seconds, then are refused.
-
-    However a process ends, it leaves. Where nothing can be written, all are let in.
-    """
-    whole = Path(os.path.realpath(path))
-    lock = FileLock(whole.with_name(f".{whole.name.lstrip('.')}.lock"), timeout=wait)
-    with contextlib.ExitStack() as held:
-        if wait or not RANK:  # a run folder is the first process's
-            try:
-                whole.parent.mkdir(parents=True, exist_ok=True)
-                held.enter_context(lock)
-            except Timeout:
-                refuse(f"{path} is in use by another process: wait for its end, or stop it")
-            except OSError:
-                pass
-        yield
-
-
-@contextlib.contextmanager
-def signals():
-    """A list onto which SIGINT and SIGTERM are put, so that the loop can save; then they end the script.
-
-    Of several processes all but the first end here in any case.
-    """
-    caught, kinds = [], (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(kind, lambda number, frame: caught.append(number)) for kind in kinds]
-    try:
-        yield caught
-    finally:
-        for kind, handler in zip(kinds, before):
-            signal.signal(kind, handler)
-    if WORLD > 1:
-        dist.destroy_process_group()
-    if caught or RANK:
-        sys.exit(128 + caught[0] if caught else 0)
+# -- data and pictures -----------------------------------------------------------------------------------------------
 
 
 def streets(count, seed, size=64):
-    """Toy maps (N, 3, size, size) and photos (N, 3, size, size), uint8, and class ids (N, size, size).
-
-    Ground 0, building 1, park 2, road 3, river 4: flat colours in a map; in a photo textures of random phase, and the
-    first three have one mean colour.
-    """
+    """Toy maps and photos, uint8 (N, 3, size, size), and the class ids (N, size, size) behind them."""
     rng, (row, col) = np.random.default_rng(seed), np.mgrid[:size, :size]
     colour = np.array([(240, 236, 224), (196, 120, 104), (124, 190, 110), (255, 214, 90), (110, 168, 220)], np.uint8)
     mean = np.array([(132, 126, 112), (132, 126, 112), (132, 126, 112), (82, 82, 90), (58, 92, 122)])
@@ -374,425 +272,303 @@ def streets(count, seed, size=64):
     return colour[ids].transpose(0, 3, 1, 2), photos.transpose(0, 3, 1, 2), ids
 
 
-def load_pairs(args, split):
-    """Pairs of "train" at --load-size or "test" at --size: names, and read(i) -> uint8 (in + out channels, S, S)."""
-    size = args.load_size if split == "train" else args.size
+def load_pairs(args):
+    """Pairs for training and for the test, uint8 (N, channels of x and y, H, W), and the names of the test pairs."""
     if args.data == "toy":
-        if (args.in_channels, args.out_channels) != (3, 3):
-            refuse("toy streets have three channels in and out: leave --in-channels and --out-channels out")
-        scenes = streets(600 if split == "train" else 100, split != "train", size)[:2]
-        pairs = torch.from_numpy(np.concatenate(scenes if args.direction == "AtoB" else scenes[::-1], 1))
-        return [f"{i:03}" for i in range(len(pairs))], pairs.to(args.device).__getitem__
-    folder = find_data(args)
-    found = find_pairs(args, folder, split) or dict([*find_pairs(args, folder, "train").items()][:16])  # no test split
-    files, shape = [*found.values()], (args.in_channels + args.out_channels, size, size)
-    kind = f"{split}-{args.size}-{args.direction}-{args.source}-{args.in_channels}-{args.out_channels}"
-    good, read = decoded(args, folder, files, shape, kind, lambda files: read_pair(args, files, size))
-    return [[*found][i] for i in good], read
-
-
-def tried(args, read, item):
-    """read(item); with --skip-bad None, if it is refused, which is then said."""
-    try:
-        return read(item)
-    except SystemExit as refusal:
-        if not args.skip_bad:
-            raise
-        print(f"left out: {refusal}", flush=True)
-
-
-def decoded(args, folder, items, shape, kind, read):
-    """Returns the items' numbers, and i -> read(items[i]), uint8 of `shape`; an item is a tuple, mostly of files.
-
-    All is read once, and kept in a hidden file in `folder`, or beside the runs if that is read-only, so that memory
-    stays flat; a GPU takes all if they fit in a quarter of what is free. --skip-bad leaves out what cannot be read.
-    """
-    stats = [(str(file), file.stat()) for item in items for file in item if isinstance(file, Path) and file.exists()]
-    facts = [(name, stat.st_size, stat.st_mtime_ns, stat.st_ino) for name, stat in stats]
-    home, stem = folder if os.access(folder, os.W_OK) else args.run.parent / "cache", f".{SCRIPT}-{kind}-{shape[-1]}"
-    cache, one = home / f"{stem}-{hashlib.sha1(repr(facts).encode()).hexdigest()}", math.prod(shape)
-
-    def kept():  # the numbers are at the end of the file
-        count, rest = divmod(cache.stat().st_size if cache.exists() else 1, one + 8)
-        found = [] if rest else np.fromfile(cache, np.int64, offset=count * one).tolist()
-        whole = found == sorted({*found} & {*range(len(items))}) and (args.skip_bad or count == len(items))
-        return found if whole else []
-
-    with locked(cache.with_name(stem), 3600):
-        if not kept():
-            print(f"decoding {len(items)} images of {folder}, once", flush=True)
-            for stale in [file for file in home.glob("*") if file.name.startswith(f"{stem}-")]:
-                with contextlib.suppress(OSError):  # another process may have it open
-                    stale.unlink()
-            with replacing(cache) as file, ThreadPoolExecutor(4) as pool:  # a few at a time, so that memory stays flat
-                good = []
-                for i in range(0, len(items), 64):
-                    found = pool.map(functools.partial(tried, args, read), items[i : i + 64])
-                    for k, pixels in enumerate(found, i):
-                        if pixels is not None:
-                            file.write(pixels.contiguous().numpy())
-                            good.append(k)
-                if not good:
-                    refuse(f"{folder} holds no readable image")
-                file.write(np.array(good, np.int64))
-        good, file = kept(), open(cache, "rb")  # for as long as the run, whoever replaces it meanwhile
-    if "cuda" in args.device and one * len(good) < torch.cuda.mem_get_info(args.device)[0] // 4:
-        pixels = torch.from_file(str(cache), size=one * len(good), dtype=torch.uint8)
-        return good, pixels.view(-1, *shape).to(args.device).__getitem__
-
-    def read_again(i):
-        file.seek(i * one)
-        return torch.frombuffer(bytearray(file.read(one)), dtype=torch.uint8).view(shape)
-
-    return good, read_again
-
-
-def find_data(args):
-    """The folder that --data means; a named set lies below --data-root, or is downloaded to there."""
-    folder = args.data_root / args.data if args.data in SETS else Path(args.data)
-    url, archive = f"{HOST}{args.data}.tar.gz", args.data_root / f"{args.data}.tar.gz"
-    if folder.is_dir():
-        return folder
-    if args.data not in SETS:
-        refuse(f"--data {args.data} is no folder and none of {', '.join(SETS)}")
-    if args.data == "cityscapes":
-        have = f"photos (leftImg8bit) into {folder}/trainA and testA, colour labels (gtFine) into trainB and testB"
-        refuse(f"cityscapes is withheld by its owners: register at cityscapes-dataset.com, and put {have}, named alike")
-    args.data_root.mkdir(parents=True, exist_ok=True)
-    socket.setdefaulttimeout(60)  # seconds of silence
-    with locked(folder, 3600), blame(f"{url} cannot be had: fetch it by hand as {archive}, or unpack it to {folder}"):
-        if folder.is_dir():  # another process has fetched it meanwhile
-            return folder
-        for stale in args.data_root.glob(f".{SCRIPT}-{args.data}-*"):  # of one that was killed
-            shutil.rmtree(stale)
-        for last in (True,) if archive.exists() else (False, False, True):
-            retried = contextlib.suppress(*() if last else (OSError, EOFError))
-            with retried, tempfile.TemporaryDirectory("", f".{SCRIPT}-{args.data}-", args.data_root) as part:
-                packed = archive if archive.exists() else Path(part, archive.name)
-                if not packed.exists():
-                    torch.hub.download_url_to_file(url, str(packed))
-                with tarfile.open(packed) as tar:
-                    inside = bounded(tar, 2**30 + 20 * packed.stat().st_size)
-                    tar.extractall(part, inside, filter="data")  # nothing outside of `part`, no device or link out
-                    tar.fileobj.read()  # up to the checksum at the end of a gzip
-                os.rename(os.path.join(part, args.data, ""), folder)  # no mere file, by the last slash
-                return folder
-
-
-def bounded(tar, most):
-    """The files and folders in a tar, up to `most` bytes in all: it may unpack to a million times its size."""
-    for member in tar:
-        if (most := most - 512 - member.size) < 0:
-            raise ValueError("it unpacks to more than a gigabyte and 20 times its size")
-        if not (member.isfile() or member.isdir()):
-            raise ValueError(f"it holds a link or a device, {member.name}")
-        yield member
-
-
-def find_pairs(args, folder, split):
-    """{name: (file,)} of side-by-side images or of photos, or {name: (A, B)}; {} if there is no test split."""
-    for part in ("train", ".") if split == "train" else ("test", "val"):
-        for a, b in ((f"{part}A", f"{part}B"), (f"{part}/A", f"{part}/B"), (f"A/{part}", f"B/{part}")):
-            if not args.source and ((folder / a).is_dir() or (folder / b).is_dir()):
-                a, b = find_images(folder / a), find_images(folder / b)
-                if alone := [str(a.get(name) or b[name]) for name in sorted(a.keys() ^ b.keys())]:
-                    refuse(f"{len(alone)} images have no partner: {', '.join(alone[:9])}{', ...' * (len(alone) > 9)}")
-                return {name: (a[name], b[name]) for name in a}
-        if (folder / part).is_dir():
-            found = find_images(folder / part)
-            return {name: (found[name],) for name in found if not name.startswith(("test/", "val/"))}
-    return {}
-
-
-def find_images(path):
-    """{name: file} of all images below a folder, or of a file; a name keeps its suffix where it would be another's."""
-    suffixes, found = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"), {}
-    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-        name = file.relative_to(path if path.is_dir() else path.parent).as_posix()
-        stem = name.removesuffix(file.suffix)
-        if file.suffix.lower() in suffixes and "/." not in f"/{name}":  # nothing hidden
-            found[name if stem in found else stem] = file
-    return found or refuse(f"{path} holds no images ({', '.join(suffixes)})")
-
-
-def read_image(path):
-    """An image of any usual kind as a Pillow image: upright, with 8 bits, grey, RGB or RGBA."""
-    if not path.is_file():  # a pipe would be waited for without end
-        refuse(f"{path} is no file, or a link to none")
-    with blame(f"{path} cannot be read as an image"), Image.open(path) as file:
-        if file.mode == "F":
-            raise ValueError("it has floating-point pixels: save it with 8 or 16 bits")
-        image = ImageOps.exif_transpose(file)
-        if image.mode[0] == "I":  # 16 bits
-            image = Image.fromarray(np.uint8(np.asarray(image).clip(0, 65535) // 257))
-        return image.convert("RGBA" if image.has_transparency_data else "L" if image.mode in ("1", "L") else "RGB")
-
-
-def flatten(image, channels):
-    """A Pillow image in 1 to 4 channels; what is transparent shows white if there is no channel for it."""
-    if image.mode == "RGBA" and channels % 2:
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert(("L", "LA", "RGB", "RGBA")[channels - 1])
+        train, test = streets(600, 0, args.load_size), streets(100, 1, args.size)
+        return *(torch.from_numpy(np.concatenate(toy[:2], 1)) for toy in (train, test)), range(100)
+    splits, found = {"train": {}, "val": {}, "test": {}}, find_images(find_data(args))
+    sizes = [(file.name, file.stat().st_size) for *_, file in found]
+    args.images = hashlib.sha256(repr(sizes).encode()).hexdigest()[:12]  # a run belongs to its images
+    for split, folder, file in found:
+        name, side = (f"{folder}/{file.stem}", "") if args.source else (file.stem, folder)
+        splits[split].setdefault(name, {})[side] = file
+    for pair in [pair for pairs in splits.values() for pair in pairs.values()]:
+        if set(pair) not in ({""}, {"A", "B"}):
+            fail(f"{[*pair.values()][0]} has no partner of the same name; {LAYOUTS}")
+    train, test = splits["train"], splits["test"] or splits["val"]
+    print(f"{args.data}: {len(train)} training pairs, {len(test) or 'they are also the'} test pairs, {args.direction}")
+    test = test or dict(itertools.islice(train.items(), 16))
+    return cache_images(args, train, read_pair, args.load_size), cache_images(args, test, read_pair, args.size), [*test]
 
 
 def read_pair(args, files, size):
-    """A pair as uint8 (in + out channels, size, size): from two files, from the halves of one, or --from a photo."""
-    turn = -1 if args.direction == "BtoA" else 1
-    images = [read_image(file) for file in files]
+    """A and B from two files, from the halves of one, or --from a photo: uint8 (channels of x and y, size, size)."""
+    a, b = read_image(files[0]), read_image(files[-1])
+    w, h = a.size
     if len(files) == 1 and not args.source:
-        (w, h), half = images[0].size, images[0].width // 2
-        images = [images[0].crop(box) for box in ((0, 0, half, h), (half, 0, w, h))]
-    sizes = [f"{image.width}x{image.height}" for image in images]
-    if sizes[0] != sizes[-1] or min(images[0].size) < args.size:
-        refuse(f"{files[0]} has {' and '.join(sizes)} pixels: A and B must be equal, and --size {args.size} at least")
-    channels = [3] if args.source else (args.in_channels, args.out_channels)[::turn]  # of A and B
-    images = [flatten(*pair).resize((size, size), Image.Resampling.BICUBIC) for pair in zip(images, channels)][::turn]
-    return torch.cat([pil_to_tensor(image) for image in (from_photo(args, *images) if args.source else images)])
+        if w != 2 * h:
+            fail(f"{files[0]} has {w}x{h} pixels, not twice as wide as high; {LAYOUTS}, or photos with --from")
+        a, b = a.crop((0, 0, h, h)), a.crop((h, 0, w, h))
+    if a.size != b.size or min(a.size) < args.size:
+        fail(f"{files[0]}: A has {a.size} and B {b.size} pixels; they must be equal, and not below --size {args.size}")
+    a, b = (image.resize((size, size), Image.Resampling.BICUBIC) for image in (a, b))
+    images = [to_lab(a)] if args.source == "gray" else [a, b]
+    return torch.cat([pil_to_tensor(image) for image in images])
 
 
-def from_photo(args, photo):
-    """Input and output made of a photo: L and ab of CIE Lab, edges and the photo, or the photo twice."""
-    if args.source == "gray":
-        light, a, b = ImageCms.profileToProfile(photo, *PROFILES, outputMode="LAB").split()
-        return light, Image.merge("LA", (a, b))
-    if args.source == "edges":  # where the blurred photo is steep; the paper's HED edges need a network of their own
-        slopes = np.gradient(np.float32(photo.convert("L").filter(ImageFilter.GaussianBlur(1))))
-        return Image.fromarray(np.uint8(255 * (np.hypot(*slopes) < 12))), photo
-    return photo, photo
+def to_lab(image):
+    """An RGB image with L, a and b of CIE Lab as its three bands."""
+    return Image.merge("RGB", ImageCms.profileToProfile(image, RGB, LAB, outputMode="LAB").split())
 
 
 def to_xy(args, pixels):
-    """uint8 (N, C, H, W) to x and y in [-1, 1] on the device; inpainting cuts the middle, half as wide, out of x."""
-    x, y = (pixels.to(args.device) / 127.5 - 1).tensor_split([args.in_channels], 1)
+    """uint8 (N, C, H, W) to x and y in [-1, 1] on the device; --from hole cuts the middle, half as wide, out of x."""
+    x, y = (pixels.to(args.device) / 127.5 - 1).tensor_split([CHANNELS[args.source][0]], 1)
     if args.source == "hole":
         high, wide = x.shape[2] // 4, x.shape[3] // 4
         x[..., high:-high, wide:-wide] = 1
-    return x, y
+    return (y, x) if args.direction == "BtoA" else (x, y)
 
 
-def batches(args, count, read, step):
-    """Yields epoch, x and y (B, C, size, size) in [-1, 1] for each update after `step`, all drawn from the seed alone.
-
-    Jitter is a random crop out of --load-size; x and y share crop and mirror. A batch may reach into the next epoch.
-    """
-    orders = functools.lru_cache(2)(lambda epoch: np.random.default_rng([args.seed, epoch]).permutation(count).tolist())
-    for first in itertools.count(step * args.batch_size, args.batch_size):
+def batches(args, pairs, images_seen):
+    """Yields epoch, x and y (B, C, size, size) in [-1, 1], cropped, mirrored (Sec. 3.3). Put your own loader here."""
+    orders = functools.lru_cache(2)(lambda epoch: np.random.default_rng([args.seed, epoch]).permutation(len(pairs)))
+    for first in itertools.count(images_seen, args.batch_size):
         batch = []
         for k in range(first + RANK, first + args.batch_size, WORLD):
             rng = np.random.default_rng([args.seed, k, 1])
             top, left = rng.integers(0, args.load_size - args.size + 1, 2)
-            pair = read(orders(k // count)[k % count])[:, top : top + args.size, left : left + args.size]
+            pair = pairs[orders(k // len(pairs))[k % len(pairs)], :, top : top + args.size, left : left + args.size]
             batch.append(pair.flip(-1) if rng.random() < 0.5 and not args.no_mirror else pair)
-        yield first // count + 1, *to_xy(args, torch.stack(batch))
+        yield first // len(pairs) + 1, *to_xy(args, torch.stack(batch))
 
 
-def paint(args, G, names, read, grid, folder=None):
-    """Put read(i), uint8 (C, H, W), of each name through G, into `folder` if given; a `grid` shows 16 with x and y.
-
-    As in training G has dropout and batch statistics (Sec. 3.3), unless --eval, and starts from --seed each time. x is
-    padded by reflection to multiples of --size, and G(x) cropped back.
-    """
-    G, cells = deepcopy(G).train(not args.eval), []  # a copy, as batch norm keeps averages of what it sees
-    for i, name in enumerate(names):
-        x, y = to_xy(args, read(i)[None])
-        h, w = x.shape[2:]
-        padded = np.pad(x.cpu(), ((0, 0), (0, 0), (0, -h % args.size), (0, -w % args.size)), "reflect")
-        torch.manual_seed(args.seed)
-        with torch.no_grad(), torch.autocast(x.device.type, torch.bfloat16, args.bf16):
-            fake = G(torch.from_numpy(padded).to(args.device)).float()[:, :, :h, :w]
-        images = [picture(args, image[0], x[0]) for image in (x, fake, y) if image.shape[1]]
-        if folder:
-            with replacing(folder / f"{name}.png") as file:
-                images[1].save(file, "PNG")
-        if i < 16:
-            fitted = [ImageOps.pad(image.convert("RGB"), (args.size, args.size), color="white") for image in images]
-            cells += [pil_to_tensor(image) for image in fitted]
-    with replacing(grid) as file:
-        to_pil_image(make_grid(cells, 2 * len(images), pad_value=255)).save(file, "PNG")
+def to_images(args, G, x, *y):
+    """Pillow images of x, G(x) and y, (1, C, H, W) in [-1, 1]. For G, x is padded to multiples of --size."""
+    h, w = x.shape[2:]
+    torch.manual_seed(args.seed)
+    with torch.no_grad(), torch.autocast(x.device.type, torch.bfloat16, args.precision == "bf16"):
+        fake = G(F.pad(x, (0, -w % args.size, 0, -h % args.size), "replicate")).float()[:, :, :h, :w]
+    images = [x, fake, *y]
+    if args.source == "gray":  # a and b of the input are 0
+        images = [torch.cat([x, ab], 1) for ab in (x.new_zeros(1, 2, h, w), fake, *y)]
+    images = [to_pil_image((image[0] * 127.5 + 127.5).round().byte().cpu()) for image in images]
+    if args.source == "gray":
+        labs = [Image.merge("LAB", image.split()) for image in images]
+        images = [ImageCms.profileToProfile(lab, LAB, RGB, outputMode="RGB") for lab in labs]
+    return images
 
 
-def picture(args, image, x):
-    """(C, H, W) in [-1, 1] as a Pillow image; in colorization ab is joined to the L of the input x."""
-    colorized = args.source == "gray" and len(image) == 2
-    pixels = (torch.cat([x, image] if colorized else [image]) * 127.5 + 127.5).round().byte().cpu()
-    if colorized:
-        bands = [to_pil_image(band) for band in pixels]
-        return ImageCms.profileToProfile(Image.merge("LAB", bands), *PROFILES[::-1], outputMode="RGB")
-    return to_pil_image(pixels)
+def save_grid(args, G, pairs, names, step):
+    """Translate `pairs`, uint8 (N, C, H, W), to OUT/test, and show x, G(x) and y of 16 pairs in OUT/samples."""
+    G, images = copy.deepcopy(G), []  # in training mode (Sec. 3.3) batch norm would change its averages
+    for pair, name in zip(pairs, names):
+        images += to_images(args, G, *to_xy(args, pair[None]))
+        atomic_write(args.out / "test" / f"{name}.png", images[-2].save)
+    grid = make_grid([pil_to_tensor(image) for image in images[:48]], nrow=6, pad_value=255)
+    atomic_write(args.out / "samples" / f"{step:07}.png", to_pil_image(grid).save)
+
+
+def load_generator(run, device="cpu"):
+    """G of a run folder in training mode, as the paper tests it: with dropout and the batch's own statistics."""
+    checkpoint = load_checkpoint(run)
+    with explain_errors(f"{run}/last.pt is damaged"):
+        settings = argparse.Namespace(**checkpoint["settings"])
+        G = Generator(*CHANNELS[settings.source], settings.size, settings.ngf, not settings.no_skips)
+        G.load_state_dict(checkpoint["G"])
+    G.settings = settings
+    return G.to(device)
 
 
 def translate(args):
-    """Translate --translate, an image or a folder, of any size, by RUN/last.pt. Returns the folder of the results."""
-    path, to = args.run / "last.pt", swept(args.to or args.run / "translated")
-    names, files = zip(*find_images(args.translate).items())
-    if {*map(os.path.realpath, files)} & {os.path.realpath(to / f"{name}.png") for name in names}:
-        refuse(f"--to {to} would overwrite what is to be translated: choose another folder")
-    checkpoint = read_checkpoint(path, args.device)
-    with blame(f"{path} is damaged"), Budget(path.stat().st_size + 2**20), warnings.catch_warnings(action="ignore"):
-        args = argparse.Namespace(**vars(args) | checkpoint["settings"])
-        if args.n_layers > 99:  # the list of their widths alone would take for ever
-            raise ValueError(f"it has n_layers {args.n_layers}")
-        G = build(args)["G"]
-        G.load_state_dict(checkpoint["G"])
-
-    def read(i):  # colorization takes the L of a photo; after --from edges the image is the drawing
-        image = flatten(read_image(files[i]), 3 if args.source == "gray" else args.in_channels)
-        return pil_to_tensor(from_photo(args, image)[0] if args.source == "gray" else image)
-
-    paint(args, G, names, read, to.with_name(f"{to.name}-comparison.png"), to)
-    print(f"translated {len(files)} images to {to}, with {to.name}-comparison.png beside it")
+    """Translate --translate, an image or a folder, of any size, with a trained G. Returns the folder of the results."""
+    G, to = load_generator(args.out, args.device), args.to or args.out / "translated"
+    args.size, args.source, args.direction = G.settings.size, G.settings.source, "AtoB"
+    found = find_images(args.translate) if args.translate.is_dir() else [("", "", args.translate)]
+    if to.resolve() in [file.parent.resolve() for *_, file in found]:
+        fail(f"--to {to} has the images themselves: choose another folder")
+    for _, folder, file in found:
+        image = read_image(file)
+        image = to_lab(image) if args.source == "gray" else image
+        x, _ = to_xy(args, pil_to_tensor(image)[None])
+        atomic_write(to / folder / f"{file.stem}.png", to_images(args, G, x)[1].save)
+    print(f"{len(found)} images are translated to {to}")
     return to
 
 
-def swept(to):
-    """The folder `to`, without what a kill left half-written there or beside it."""
-    to = to if to.name else to.resolve()
-    for folder, parts in ((to, "**/*"), (to.parent, f"{to.name}-*"), (to.with_name(f"{to.name}-figures"), "*")):
-        for part in folder.glob(f"{parts}.png.*.part"):
-            part.unlink(missing_ok=True)
-    return to
+# -- the same in all six scripts -------------------------------------------------------------------------------------
 
 
-def save(args, state, step):
-    """Write RUN/last.pt, to go on from or to use, unless a weight is not finite. Returns the time."""
-    if not all(weight.isfinite().all() for part in state.values() for weight in getattr(part, "parameters", list)()):
-        refuse(f"update {step} made weights that are not finite; {args.run}/last.pt stays as it was: {ADVICE}")
-    checkpoint = {"script": SCRIPT, "version": 1, "step": step, "settings": args.settings}
-    with replacing(args.run / "last.pt") as file:
-        torch.save(checkpoint | {name: part.state_dict() for name, part in state.items()}, file)
-    return time.monotonic()
+def fail(sentence):
+    """End the script with one sentence that says what to mend."""
+    raise SystemExit(f"{SCRIPT}: {sentence}")
 
 
-def read_checkpoint(path, device, sent=None):
-    """The dict that `save` wrote, to `path` or in the bytes `sent`; no code that it may hold is run."""
-    with (
-        blame(f"{path} cannot be used as a checkpoint of {SCRIPT}.py"),
-        warnings.catch_warnings(action="ignore"),
-        io.BytesIO(sent) if sent else open(path, "rb") as file,
-    ):
-        with zipfile.ZipFile(file) as parts:  # torch checks no checksum, and unpacks whatever it is given
-            if any(part.compress_type for part in parts.infolist()) or parts.testzip():
-                raise ValueError("it was changed after it was written")
-        file.seek(0)
-        checkpoint = torch.load(file, map_location=device, weights_only=True)
-        if (checkpoint["script"], checkpoint["version"]) != (SCRIPT, 1):
-            raise ValueError(f"it is one of {checkpoint['script']}.py, version {checkpoint['version']}")
-        return checkpoint
+@contextlib.contextmanager
+def explain_errors(sentence):
+    """Whatever goes wrong inside ends the script with `sentence` and the cause."""
+    try:
+        yield
+    except Exception as error:
+        cause = str(error).partition("\n")[0].partition(". ")[0]
+        fail(f"{sentence} ({cause or type(error).__name__})")
 
 
-class Budget(TorchDispatchMode):
-    """Refuses to make new tensors of more than so many bytes: settings from elsewhere may ask for any."""
-
-    def __init__(self, size):
-        super().__init__()
-        self.left = size
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        made = func(*args, **kwargs or {})
-        if isinstance(made, torch.Tensor) and not any(isinstance(arg, torch.Tensor) for arg in args):
-            self.left -= made.nbytes
-            if self.left < 0:
-                raise ValueError("its settings are of larger networks than it holds")
-        return made
+def atomic_write(path, write):
+    """Let `write` make a file beside `path`, then rename it: it is there as a whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".part-{path.name}")
+    write(part)
+    os.replace(part, path)
 
 
-def resume(args, state, count):
-    """Make RUN, or go on with it: load RUN/last.pt if it is there. Returns the step it was saved at, or 0."""
-    now = {name: value for name, value in vars(args).items() if name not in FREE.split()}  # others may not change
-    now = args.settings = now | {"data": Path(args.data).resolve().name, "count": count}
-    olds = (args.run.with_name(f"{args.run.name}.old-{n}") for n in itertools.count(1))
-    if args.fresh and args.run.exists() and not RANK:
-        with blame(f"{args.run} cannot be moved aside for --fresh"):
-            args.run.rename(next(old for old in olds if not old.exists()))
-    path, log, step = args.run / "last.pt", args.run / "log.jsonl", 0
-    sent = joined(state, path)
-    if sent or WORLD == 1 and path.exists():
-        then = read_checkpoint(path, args.device, sent)
-        with blame(f"{path} is damaged: --fresh starts over and keeps it"), warnings.catch_warnings(action="ignore"):
-            old, step = then["settings"], int(then["step"])
-            names = [name for name in now | old if (now.get(name) or 0) != (old.get(name) or 0)]  # a new one was off
-            if differ := [f"{name} {old.get(name, 0)!s:.99}" for name in names]:
-                refuse(f"{args.run} was begun with {', '.join(differ)}: repeat that, or start over with --fresh")
-            for name, part in state.items():
-                fresh = len(getattr(part, "state", {}))
-                if isinstance(part, torch.optim.Optimizer):  # with the settings of now, for the device of now
-                    then[name]["param_groups"] = part.state_dict()["param_groups"]
-                part.load_state_dict(then[name])
-                forms = [  # what an optimiser keeps of a weight; of each the same
-                    {(key, x.dtype, x.layout, x.shape != weight.shape and x.shape) for key, x in kept.items()}
-                    for weight, kept in getattr(part, "state", {}).items()
-                ]
-                if len(forms) < fresh or any(form != forms[0] for form in forms):
-                    raise ValueError(f"{name} is of another form")
-    if RANK:
-        return step
-    for part in args.run.rglob("*.part"):  # of a file that a kill cut off
-        part.unlink()
-    with replacing(args.run / "config.json") as file:
-        file.write(json.dumps(now | {"torch": torch.__version__}, indent=2).encode())
-    with blame(f"{log} is damaged: delete it"), replacing(log) as file:  # what came after last.pt will come again
-        rows = log.read_text().splitlines(keepends=True) if log.exists() else []
-        file.writelines(row.encode() for row in rows if row.endswith("\n") and json.loads(row)["step"] <= step)
-    return step
+def check_args(args, may_be_zero):
+    """Check --data and the numbers; choose the run folder, the device and the precision."""
+    if args.data not in SETS and not Path(args.data).is_dir():
+        fail(f"--data {args.data} is neither a folder nor one of {', '.join(SETS)}")
+    for name, value in vars(args).items():
+        if type(value) in (int, float) and not (0 < value < math.inf or value == 0 and name in may_be_zero):
+            fail(f"--{name.replace('_', '-')} {value}: give a number above 0")
+    args.out = args.out or Path("runs", f"{SCRIPT}-{Path(args.data).resolve().name}")
+    args.batch_size += -args.batch_size % WORLD  # an equal share for each process of torchrun
+    device = args.device or torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    with explain_errors(f"--device {device} is not on this machine"):
+        if WORLD > 1 and str(device) != "cpu":
+            torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
+        args.device = str(torch.empty(1, device=device).device)
+    units = torch.cpu.get_capabilities() if args.device == "cpu" else {"cuda": torch.cuda.is_bf16_supported(False)}
+    if args.precision == "auto":
+        args.precision = "bf16" if any(map(units.get, ("avx512_bf16", "amx_bf16", "cuda"))) else "fp32"
 
 
-def joined(state, path):
-    """One of the processes of torchrun becomes one of many. Returns what the first has at `path`, or None.
+class Run:
+    """A run folder with one owner: it resumes and saves `state`, logs, and notes signals."""
 
-    From now on optimisers take the mean of the gradients over all processes.
-    """
-    if WORLD == 1:
-        return None
-    with blame("the other processes cannot be reached: start all of them with torchrun"):
-        dist.init_process_group()
-    for part in state.values():
-        if isinstance(part, torch.optim.Optimizer):
-            part.register_step_pre_hook(average)
-    sent = [path.read_bytes() if path.exists() and not RANK else None]
-    dist.broadcast_object_list(sent)
-    return sent[0]
+    def __init__(self, args, state, images):
+        """Resume from last.pt, if it is there, with the settings in FIXED unchanged. `images` make up an epoch."""
+        self.args, self.state, self.signal, self.last_save, self.should_stop = args, state, 0, 0, 0
+        self.lock, self.log, last = FileLock(args.out / ".lock"), args.out / "log.jsonl", args.out / "last.pt"
+        with explain_errors(f"{args.out} is in use by another process"):
+            self.lock.acquire(timeout=0)
+        for old in [last, *args.out.glob("samples/*.png")] if args.fresh else []:
+            old.unlink(missing_ok=True)
+        self.settings = {name: value for name, value in vars(args).items() if not isinstance(value, Path)}
+        new = {"settings": {}, "step": 0, "images_seen": 0, "log_size": 0}
+        saved = [load_checkpoint(args.out) if last.exists() else new]
+        if args.init and not last.exists():
+            weights = load_checkpoint(args.init)
+            saved = [new | {name: weights[name] for name in state if not name.startswith(("opt", "pool"))}]
+        if WORLD > 1:  # the first process has the file
+            dist.broadcast_object_list(saved)
+        origin = last if last.exists() or not args.init else f"--init {args.init}"
+        with explain_errors(f"{origin} does not fit, or is damaged; --fresh starts over"):
+            self.resume(**saved[0])
+        goal = self.start_step + math.ceil((args.epochs * images - self.images_seen) / args.batch_size)
+        self.last_step = max(self.start_step, min(goal, args.max_steps or goal))
+        (args.out / "config.json").write_text(json.dumps(self.settings | {"torch": torch.__version__}, indent=2))
+        begin = "resuming" if self.start_step else "starting"
+        print(f"{begin} {args.out} at step {self.start_step} of {self.last_step}, {args.device}, {args.precision}")
+        numbers = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # as nohup sets it
+        self.handlers = {number: signal.signal(number, self.on_signal) for number in numbers}
+        self.bar = tqdm(total=self.last_step, initial=self.start_step, unit="step", mininterval=2, file=sys.stdout)
+
+    def on_signal(self, number, frame):
+        self.signal = number
+
+    def resume(self, settings, step, images_seen, log_size, script=METHOD, **parts):
+        self.start_step, self.images_seen = step, images_seen
+        for name, old in settings.items():
+            new, option = self.settings.get(name), name.replace("_", "-").replace("source", "from")
+            if old != new and name in FIXED:
+                fail(f"{self.args.out} has other {option}, {old}: repeat that, or give --fresh or another --out")
+            if old != new:
+                print(f"{self.args.out}: {option} was {old}, is {new}")
+        with open(self.log, "a") as log:
+            log.truncate(min(log.tell(), log_size))
+        if step and parts.keys() != self.state.keys():
+            raise ValueError("it is not whole")
+        for name, part in parts.items():
+            if name.startswith("opt"):  # with the rate and the device of now
+                part["param_groups"] = self.state[name].state_dict()["param_groups"]
+            self.state[name].load_state_dict(part)
+
+    def report(self, step, epoch, losses):
+        """Log the losses every two seconds. Returns whether to save now. A loss that is not finite ends the run."""
+        args, number, elapsed = self.args, torch.tensor(self.signal), self.bar.format_dict["elapsed"]
+        if WORLD > 1:  # all processes stop at the same step
+            dist.all_reduce(number, dist.ReduceOp.MAX)
+        self.should_stop, self.images_seen = number.item(), self.images_seen + args.batch_size
+        due = step % args.save_every == 0 if args.save_every else elapsed - self.last_save > 600
+        save = due or self.should_stop or step == self.last_step
+        if self.bar.update() or save:
+            losses = {name: loss.item() for name, loss in losses.items()}  # waits for the device
+            if not all(map(math.isfinite, losses.values())):
+                fail(f"a loss is not finite at step {step}: {losses}; last.pt is kept; try a lower --lr")
+            rate = (step - self.start_step) * args.batch_size / elapsed
+            with open(self.log, "a") as log:
+                log.write(json.dumps({"step": step, "epoch": epoch, **losses, "images_per_s": rate}) + "\n")
+            self.bar.set_postfix(losses, images_per_s=rate)
+        return save and RANK == 0
+
+    def save_checkpoint(self, step):
+        checkpoint = {name: part.state_dict() for name, part in self.state.items()}
+        checkpoint |= {"script": METHOD, "settings": self.settings, "step": step, "images_seen": self.images_seen}
+        checkpoint["log_size"] = self.log.stat().st_size
+        atomic_write(self.args.out / "last.pt", lambda part: torch.save(checkpoint, part))
+        self.last_save = self.bar.format_dict["elapsed"]
+
+    def close(self):
+        self.bar.close()
+        self.lock.release()
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        if WORLD > 1:
+            dist.destroy_process_group()
+        print(f"{self.args.out} is saved at step {self.bar.n} of {self.last_step}")
+        if self.should_stop:
+            sys.exit(128 + self.should_stop)
 
 
-def average(optimiser, *_):
-    """Make the gradients that an optimiser is about to take those of the whole batch, in one message."""
-    grads = [weight.grad for group in optimiser.param_groups for weight in group["params"] if weight.grad is not None]
-    if grads:
-        flat = nn.utils.parameters_to_vector(grads)
-        dist.all_reduce(flat)
-        nn.utils.vector_to_parameters(flat / WORLD, grads)
+def load_checkpoint(run):
+    """The dict in RUN/last.pt, on the CPU. No code in it is run."""
+    path = Path(run, "last.pt")
+    if not path.exists():
+        fail(f"there is no {path}: train first, or give another --out")
+    with explain_errors(f"{path} is not a checkpoint of {METHOD}"):
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if checkpoint["script"] != METHOD:
+            raise ValueError(f"it is one of {checkpoint['script']}")
+    return checkpoint
 
 
-def agreed(stopped):
-    """Whether any of the processes was sent a signal, so that all stop at the same update; `stopped` has it then."""
+def init_distributed(args, state):
+    """Under torchrun, join the processes. Optimizers share gradients; all processes but the first are silent."""
     if WORLD > 1:
-        dist.all_reduce(last := torch.tensor(stopped[-1] if stopped else 0), dist.ReduceOp.MAX)
-        stopped += [last.item()] * (last.item() > 0)
-    return bool(stopped)
+        dist.init_process_group()
+        state["opt_G"].register_step_pre_hook(average_gradients)
+        state["opt_D"].register_step_pre_hook(average_gradients)
+    if RANK > 0:
+        args.out, sys.stdout = args.out / f"process-{RANK}", open(os.devnull, "w")
+
+
+def average_gradients(optimizer, *_):
+    """Replace the gradients that `optimizer` is about to use by their mean over all processes, in one message."""
+    grads = [weight.grad for weight in optimizer.param_groups[0]["params"] if weight.grad is not None]
+    mean = nn.utils.parameters_to_vector(grads) / WORLD
+    dist.all_reduce(mean)
+    nn.utils.vector_to_parameters(mean, grads)
 
 
 def capture(step, args):
-    """On CUDA `step` as one recorded graph, without a launch a kernel: three calls warm it up, the fourth records it.
-
-    Later ones replay it with new inputs of the same shapes; what they return is overwritten by the next call.
-    """
+    """On CUDA, `step` as one CUDA graph: the fourth call records it, later ones replay it and overwrite its losses."""
     if "cuda" not in args.device or args.no_capture:
         return step
-    graph, stream, still, losses = torch.cuda.CUDAGraph(), torch.cuda.Stream(args.device), [], {}
-    calls, current = itertools.count(1), torch.cuda.current_stream(args.device)
+    graph, stream, calls, inputs, losses = torch.cuda.CUDAGraph(), torch.cuda.Stream(), itertools.count(), [], {}
+    torch.backends.cudnn.benchmark = True
 
     def replay(*batch):
-        if (call := next(calls)) < 4:
-            stream.wait_stream(current)
+        if next(calls) < 3:  # warm up
+            stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
-                found = step(*batch)
-            current.wait_stream(stream)
-            return found
-        if call == 4:
-            still.extend(part.clone() for part in batch)
-            with blame("an update cannot be recorded as a CUDA graph here: use --no-capture"):
-                with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-                    losses.update(step(*still))
-        for kept, new in zip(still, batch):
+                losses.update(step(*batch))
+            torch.cuda.current_stream().wait_stream(stream)
+            return losses
+        if not inputs:
+            inputs.extend(tensor.clone() for tensor in batch)
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                losses.update(step(*inputs))
+        for kept, new in zip(inputs, batch):
             kept.copy_(new)
         graph.replay()
         return losses
@@ -800,59 +576,72 @@ def capture(step, args):
     return replay
 
 
-def report(args, step, goal, epoch, losses, last, must):
-    """Print and log the losses now and then, or if it `must`. Takes and returns time and step of the `last` row."""
-    now, terminal = time.monotonic(), sys.stdout.isatty()
-    due = must or now - last[0] > (1 if terminal else 10)
-    if due or args.device == "cpu":  # elsewhere reading a loss makes the host wait for the device
-        losses = {name: loss.item() for name, loss in losses.items()}
-        if not all(map(math.isfinite, losses.values())):
-            refuse(f"update {step} has a loss that is not finite, {losses}; last.pt stays as it was: {ADVICE}")
-    if not due or RANK:
-        return last
-    rate = (step - last[1]) * args.batch_size / (now - last[0])
-    with blame(f"{args.run}/log.jsonl cannot be written"), open(args.run / "log.jsonl", "a") as log:
-        log.write(json.dumps({"step": step, "epoch": epoch, **losses, "images_per_s": rate}) + "\n")
-    left = timedelta(seconds=(goal - step) * args.batch_size // rate)
-    text = f"{step}/{goal} {rate:.3g} images/s {left} left " + " ".join(f"{n} {x:.3g}" for n, x in losses.items())
-    print(f"\r{text:<79.79}" if terminal else text, end="\n" if step == goal or not terminal else "", flush=True)
-    return now, step
+def find_data(args):
+    """The folder that --data means; a named set is downloaded to --data-root on first use."""
+    folder, url = args.data_root / args.data, f"https://efrosgans.eecs.berkeley.edu/pix2pix/datasets/{args.data}.tar.gz"
+    if args.data not in SETS:
+        return Path(args.data)
+    with FileLock(f"{folder}.lock"), explain_errors(f"{url} cannot be downloaded: unpack it to {folder} yourself"):
+        if not folder.is_dir():
+            torch.hub.download_url_to_file(url, f"{folder}.tar.gz")
+            shutil.unpack_archive(f"{folder}.tar.gz", f"{folder}.part", filter="data")  # nothing outside of .part
+            os.rename(f"{folder}.part/{args.data}", folder)
+    return folder
 
 
-def first_to_say():
-    """Whether no other process of torchrun has said a sentence: one is enough."""
-    with contextlib.suppress(Exception):
-        return WORLD == 1 or next(dist.rendezvous("env://", timeout=timedelta(seconds=9)))[0].add("said", 1) == 1
-    return True
+def find_images(folder):
+    """[(split, folders, file)] of all images below `folder`; the split is train, val or test if a folder says so."""
+    names = sorted(glob.glob("**/*.*", root_dir=folder, recursive=True))  # follows links, leaves out hidden files
+    runs = tuple(name.removesuffix("log.jsonl") for name in names if name.endswith("/log.jsonl"))
+    found = []
+    for name in [name for name in names if name.lower().endswith(IMAGES) and not name.startswith(runs)]:
+        *parts, _ = re.sub(r"\b(train|test|val)(id|idation)?[_-]?([AB]?)/", r"\1/\3/", name).split("/")
+        splits = [part for part in parts if part in ("train", "val", "test")] or ["train"]
+        if len({*splits}) > 1:
+            fail(f"{folder}/{name} is in two splits")
+        found.append((splits[0], "/".join(part for part in parts if part not in ("", *splits)), Path(folder, name)))
+    return found or fail(f"{folder} has no images ({', '.join(IMAGES)})")
+
+
+def read_image(file):
+    """An image as RGB with 8 bits, upright, transparent pixels on white."""
+    with explain_errors(f"{file} cannot be used as an image"), Image.open(file) as image:
+        if image.mode not in MODES or getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
+            raise ValueError(f"mode {image.mode}; give 8 or 16 bits, gray or RGB, one page")
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I;16"):
+            image = Image.fromarray(np.uint8(np.asarray(image) // 257))
+            if image.getextrema()[1] < 32:
+                warnings.warn("a 16-bit image is almost black: scale its pixels to 0 to 65535", stacklevel=2)  # once
+        if image.has_transparency_data:
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+        return image.convert("RGB")
+
+
+def cache_images(args, groups, read, size):
+    """read(args, files, size) for groups {name: files}, uint8 (N, C, size, size), kept in --data-root/cache."""
+    groups = [list(files.values()) for files in groups.values()]
+    facts = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for files in groups for file in files]
+    shape = (len(groups), sum(CHANNELS[args.source]), size, size)
+    key = hashlib.sha256(repr((facts, args.source, args.size, shape)).encode()).hexdigest()[:16]
+    path = args.data_root / "cache" / f"{METHOD}-{key}.npy"
+    with FileLock(f"{path}.lock"), ThreadPoolExecutor() as pool:
+        if not path.exists():
+            pixels = np.lib.format.open_memmap(f"{path}.part", "w+", np.uint8, shape)
+            images = pool.map(functools.partial(read, args, size=size), groups)
+            for i, image in enumerate(tqdm(images, f"{path}, {pixels.nbytes >> 20} MiB", len(groups))):
+                pixels[i] = image
+            os.replace(f"{path}.part", path)
+    pixels = torch.from_numpy(np.load(path, mmap_mode="c"))
+    fits = "cuda" in args.device and pixels.nbytes < torch.cuda.mem_get_info(args.device)[0] // 4
+    return pixels.to(args.device) if fits else pixels
 
 
 def main(argv=None):
-    """Train or translate; bad input, and what the machine refuses, end in one sentence and exit status 2."""
-    for kind in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(kind, lambda number, frame: sys.exit(128 + number))
-    warnings.filterwarnings("ignore", module="PIL")  # a refusal says it in one sentence
-    logging.getLogger("PIL").setLevel(100)
-    warnings.simplefilter("error", Image.DecompressionBombWarning)  # above 89 million pixels
-    getattr(sys.stdout, "reconfigure", dict)(errors="backslashreplace")  # files may have names that it cannot show
-    try:
-        args = get_args(argv)
-        if RANK and args.translate:  # one process is enough
-            return None
-        return (translate if args.translate else train)(args)
-    except (SystemExit, OSError, MemoryError, RuntimeError) as error:
-        status, said = getattr(error, "code", None), str(error).replace("\n", " ")
-        full = status is None and (isinstance(error, MemoryError) or "allocate" in said or "out of memory" in said)
-        lost = WORLD > 1 and isinstance(error, RuntimeError) and any(name in str(error) for name in ("gloo", "NCCL"))
-        if isinstance(status, int) or isinstance(error, RuntimeError) and not full and not lost:
-            raise
-        said = "out of memory: lower --batch-size or --size" if full else said
-        said = "another process has ended: repeat the command, it goes on from last.pt" if lost else said
-        if first_to_say():
-            print(f"{SCRIPT}.py: {said.removeprefix(f'{SCRIPT}.py: ')}", file=sys.stderr)
-        sys.exit(2)
+    """Train, or use what was trained."""
+    args = get_args(argv)
+    return translate(args) if args.translate else train(args)
 
 
 if __name__ == "__main__":
     main()
-    for number in (signal.SIGINT, signal.SIGTERM):  # while Python ends, an exception would be printed and lost
-        signal.signal(number, signal.SIG_DFL)

@@ -16,18 +16,18 @@ def on_gpu(row, *flags):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_goes_on_where_it_stopped(row, call, tmp_path, precision):
     """A run on the GPU stops, goes on there, and then on the CPU."""
-    flags = [*row.tiny.split(), "--run", tmp_path / "run", "--precision", precision, "--device"]
+    flags = [*row.tiny.split(), "--out", tmp_path / "run", "--precision", precision, "--device"]
     for steps, device in ((2, "cuda"), (4, "cuda"), (5, "cpu"), (6, "cuda")):
-        assert call(row, *flags, device, "--max-steps", steps).code == 0
+        assert call(row, *flags, device, "--max-steps", steps).said == 0
         assert read_checkpoint(tmp_path / "run")["step"] == steps
     assert read_log(tmp_path / "run")[-1]["step"] == 6
 
 
 def test_uses_the_run(row, call, tmp_path):
     """What was trained on the GPU can be used there."""
-    assert call(row, *row.tiny.split(), "--run", tmp_path / "run", "--max-steps", 1, "--device", "cuda").code == 0
+    assert call(row, *row.tiny.split(), "--out", tmp_path / "run", "--max-steps", 1, "--device", "cuda").said == 0
     flags, folder, expected = row.use(tmp_path, tmp_path / "run")
-    assert call(row, *[flag if flag != "cpu" else "cuda" for flag in flags]).code == 0
+    assert call(row, *[flag if flag != "cpu" else "cuda" for flag in flags]).said == 0
     assert all((folder / name).exists() for name in expected)
 
 
