@@ -1,118 +1,133 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["torch>=2.11", "torchvision>=0.26", "numpy>=2", "pillow>=11", "filelock>=3"]
+# dependencies = ["torch>=2.11", "torchvision>=0.26", "numpy>=2", "pillow>=11", "tqdm>=4.66"]
 # ///
 """CycleGAN: two GANs that turn two kinds of image into each other, learned without pairs.
 
 Zhu, Park, Isola, Efros: Unpaired Image-to-Image Translation using Cycle-Consistent Adversarial Networks. ICCV 2017,
-arXiv:1703.10593. G maps X to Y and F maps Y to X; D_Y and D_X tell images of the data from theirs, and what goes
-there and back must come home:
+arXiv:1703.10593. G maps X (side A) to Y (side B), F maps Y to X. D_Y tells a real y from G(x), D_X a real x from F(y),
+and an image that goes there and back must come home:
     L(G, F, D_X, D_Y) = L_GAN(G, D_Y) + L_GAN(F, D_X) + lambda (E|F(G(x)) - x| + E|G(F(y)) - y|)             (Eq. 3)
-As in the authors' code the identity loss of Sec. 5.2, E|G(y) - y| + E|F(x) - x|, is on for every data set, with half
-the weight of the cycle; norms have no gain and bias, and no statistics, as in their later code.
 
-    python cyclegan.py                                         # train on toy streets, drawn here, in minutes on a CPU
-    python cyclegan.py --data horse2zebra                      # download, train; stop it and repeat this: it goes on
+    python cyclegan.py                                         # train on toy streets, drawn here: minutes on a CPU
+    python cyclegan.py --data horse2zebra                      # download and train; stop it, repeat this to resume
     python cyclegan.py --data horse2zebra --translate photos   # use what was trained, on an image or a folder
+
+Departures: the identity loss of Sec. 5.2, E|G(y) - y| + E|F(x) - x|, is on for every data set with half the weight of
+the cycle, as in the authors' code. Instance norm has no gain and no bias, and G and F step before D_X and D_Y do, as
+in their later code. Under torchrun the pool of each process holds the images of that process only, and last.pt keeps
+the first one's. The networks run in bfloat16 where the device has units for it.
 """
 
 import argparse
+import atexit
 import contextlib
+import difflib
 import functools
+import glob
 import hashlib
-import io
 import itertools
 import json
-import logging
 import math
 import os
+import re
 import shutil
 import signal
-import socket
 import sys
 import tempfile
 import time
 import warnings
-import zipfile
 from concurrent.futures import ThreadPoolExecutor
-from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
-from PIL import Image, ImageOps
+from filelock import FileLock
+from PIL import Image, ImageDraw, ImageOps
 from torch import distributed as dist
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.nn.functional import l1_loss, softplus
 from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import make_grid
+from tqdm import tqdm
 
-SCRIPT, HOST = "cyclegan", "https://efrosgans.eecs.berkeley.edu/cyclegan/datasets/"
-SETS = {  # the named sets, and what each changes
+METHOD, SCRIPT = "cyclegan", Path(__file__).stem
+URL = "https://efrosgans.eecs.berkeley.edu/cyclegan/datasets/{}.zip"
+SETS = {  # the named sets, and which defaults each changes
     "toy": dict(size=64, load_size=64, blocks=3, ngf=32, ndf=32, n_layers=2, epochs=6, decay_epochs=3, save_every=600),
-    **dict.fromkeys("horse2zebra apple2orange summer2winter_yosemite iphone2dslr_flower".split(), {}),
-    **dict.fromkeys("monet2photo cezanne2photo ukiyoe2photo vangogh2photo maps facades cityscapes".split(), {}),
+    **dict.fromkeys("horse2zebra apple2orange summer2winter_yosemite iphone2dslr_flower maps facades".split(), {}),
+    **dict.fromkeys("monet2photo cezanne2photo ukiyoe2photo vangogh2photo".split(), {}),
 }
-TERMS = {  # of the objective: GAN, forward cycle, backward cycle, identity; all but the first are ablations (Table 4)
+TERMS = {  # of the loss: GAN, forward cycle, backward cycle, identity; all but the first are ablations (Table 4)
     "all": (1, 1, 1, 1),
     "cycle": (0, 1, 1, 0),
     "gan": (1, 0, 0, 0),
     "gan+forward": (1, 1, 0, 0),
     "gan+backward": (1, 0, 1, 0),
 }
-PARTS = ("G", "F", "D_X", "D_Y", "pool_X", "pool_Y", "opt_G", "opt_D")
-ADVICE = "lower --lr, or use --precision fp32"  # against what is not finite
-RANK, WORLD = (int(os.environ.get(name, start)) for name, start in (("RANK", 0), ("WORLD_SIZE", 1)))  # torchrun
-FREE = "settings data_root run max_steps save_every skip_bad fresh device bf16 no_capture translate direction to"
+WAYS = {"AtoB": ("G", "F"), "BtoA": ("F", "G")}  # there, and back
+FIXED = [  # a run that goes on has these settings as before
+    *"size load_size no_mirror blocks ngf ndf n_layers loss terms lambda_x lambda_y lambda_identity pool".split(),
+    *("white", "seed", "other images"),
+]
+LAYOUTS = "give folders A and B, or images with both side by side; folders train and test, or trainA, ..., split them"
+IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+SPLITS = {"train": "train", "test": "test", "val": "val", "valid": "val", "validation": "val"}  # names of folders
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
 
 
 def get_args(argv=None):
-    """Settings from `argv` or the command line; what is not given is the paper's, or that of the set."""
-    parser = argparse.ArgumentParser(f"{SCRIPT}.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.error, add = refuse, parser.add_argument
-    add("--data", default="toy", help=f"{', '.join(SETS)},\nor a folder: trainA/ and trainB/, A/ and B/, or pairs")
-    add("--data-root", type=Path, default=Path("data"), help="where downloads go, or lie already")
-    add("--size", type=int, default=256, help="crop trained on, a multiple of 4 (a power of two for --net unet)")
-    add("--load-size", type=int, help="size before the random crop (286 for 256); --size for no jitter")
+    """Options from `argv` or the command line. The defaults are the paper's, or those of the named set."""
+    parser = argparse.ArgumentParser(usage="%(prog)s [options]", description=__doc__.partition("\n")[0])
+    parser.formatter_class = functools.partial(argparse.HelpFormatter, max_help_position=26, width=120)
+    add = parser.add_argument_group("data").add_argument
+    add("--data", default="toy", help=f"a folder of images of two kinds, or one of {', '.join(SETS)} (%(default)s)")
+    add("--data-root", type=Path, default="data", help="folder for downloads and decoded images (%(default)s)")
+    add("--size", type=int, default=256, help="pixels a side of a training crop, a multiple of 4 (%(default)s)")
+    add("--load-size", type=int, help="pixels a side before the random crop (286 / 256 of --size)")
     add("--no-mirror", action="store_true", help="no random mirroring")
-    add("--net", choices=("resnet", "unet"), default="resnet", help="kind of G and F")
+    add("--white", type=int, default=65535, help="value of white in 16-bit images (%(default)s)")
+    add = parser.add_argument_group("method").add_argument
+    add("--loss", choices=("lsgan", "log"), default="lsgan", help="least squares or cross-entropy (%(default)s)")
+    add("--terms", choices=TERMS, default="all", help="terms of the loss, Table 4 (%(default)s)")
+    add("--lambda-x", type=float, default=10.0, help="weight of the forward cycle, |F(G(x)) - x| (%(default)s)")
+    add("--lambda-y", type=float, default=10.0, help="weight of the backward cycle, |G(F(y)) - y| (%(default)s)")
+    add("--lambda-identity", type=float, default=0.5, help="identity loss, as a share of the cycle's (%(default)s)")
+    add("--pool", type=int, default=50, help="past images that D_X and D_Y are shown again, 0 for none (%(default)s)")
     add("--blocks", type=int, help="residual blocks of G and F (9; 6 below 256 pixels)")
-    add("--ngf", type=int, default=64, help="channels of the first layer of G and F")
-    add("--ndf", type=int, default=64, help="channels of the first layer of D_X and D_Y")
-    add("--n-layers", type=int, default=3, help="strided layers of D_X and D_Y: 3 see 70 pixels")
-    add("--loss", choices=("lsgan", "log"), default="lsgan", help="least squares, or the usual cross-entropy")
-    add("--terms", choices=tuple(TERMS), default="all", help="of the objective; all but the first are ablations")
-    add("--lambda-x", type=float, default=10.0, help="weight of the forward cycle, |F(G(x)) - x|")
-    add("--lambda-y", type=float, default=10.0, help="weight of the backward cycle, |G(F(y)) - y|")
-    add("--lambda-identity", type=float, default=0.5, help="weight of the identity loss, in weights of the cycle")
-    add("--pool", type=int, default=50, help="past images that D_X and D_Y are shown again; 0 for none")
-    add("--epochs", type=int, default=200, help="passes over the larger of the two sets")
-    add("--decay-epochs", type=int, default=100, help="over the last so many the rate falls linearly to zero")
-    add("--batch-size", type=int, default=1, help="images of each kind an update")
-    add("--lr", type=float, default=2e-4, help="Adam's rate; its beta1 is .5")
-    add("--seed", type=int, default=0, help="of weights, order, jitter and pool")
-    add("--run", type=Path, help="run folder (runs/cyclegan-DATA)")
-    add("--max-steps", type=int, help="stop after so many updates")
-    add("--save-every", type=int, default=5000, help="updates between checkpoints; ten minutes at most")
-    add("--skip-bad", action="store_true", help="train without the images that cannot be read")
-    add("--fresh", action="store_true", help="start over; the old run is kept as DIR.old-N")
+    add("--ngf", type=int, default=64, help="channels of the first layer of G and F (%(default)s)")
+    add("--ndf", type=int, default=64, help="channels of the first layer of D_X and D_Y (%(default)s)")
+    add("--n-layers", type=int, default=3, help="strided layers of D_X and D_Y: 3 see 70 pixels (%(default)s)")
+    add = parser.add_argument_group("training").add_argument
+    add("--epochs", type=int, default=200, help="passes over the larger of the two sides (%(default)s)")
+    add("--decay-epochs", type=int, default=100, help="last epochs, in which the rate falls to 0 (%(default)s)")
+    add("--batch-size", type=int, default=1, help="images of each side in an update, over all processes (%(default)s)")
+    add("--lr", type=float, default=2e-4, help="learning rate of Adam (%(default)s)")
+    add("--seed", type=int, default=0, help="of weights, data order, crops and pools (%(default)s)")
+    add("--out", type=Path, help=f"run folder (runs/{SCRIPT}-DATA)")
+    add("--init", type=Path, metavar="RUN", help="start from the weights of another run (fine-tuning)")
+    add("--max-steps", type=int, help="stop after this many updates in all")
+    add("--save-every", type=int, help="updates between checkpoints (ten minutes)")
+    add("--fresh", action="store_true", help="delete checkpoint, log and samples of the run folder, and start over")
     add("--device", help="cpu, cuda, cuda:1, mps, ... (the accelerator, if there is one)")
-    add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 where it is much faster")
-    add("--no-capture", action="store_true", help="on CUDA: launch kernels one by one, not as a recorded graph")
-    add("--translate", type=Path, metavar="PATH", help="translate an image or a folder with what was trained")
-    add("--direction", choices=("AtoB", "BtoA"), default="AtoB", help="of --translate: by G, or by F")
-    add("--to", type=Path, help="folder for translations (RUN/translated)")
-    parser.set_defaults(**SETS.get(parser.parse_known_args(argv)[0].data, {}))
-    parser.set_defaults(batch_size=math.ceil(parser.get_default("batch_size") / WORLD) * WORLD)  # a share each
+    add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 where the device has it")
+    add("--no-capture", action="store_true", help="on CUDA: no CUDA graph")
+    add = parser.add_argument_group("use").add_argument
+    add("--translate", type=Path, metavar="PATH", help="translate an image or a folder with the trained G or F")
+    add("--direction", choices=WAYS, default="AtoB", help="of --translate: G is AtoB, F is BtoA (%(default)s)")
+    add("--to", type=Path, help="folder for the translations (OUT/translated)")
+    data = parser.parse_known_args(argv)[0].data
+    data = f"./{data}" if data in SETS and Path(data).is_dir() else data  # a folder that is there comes first
+    parser.set_defaults(**SETS.get(data, {}))
     args = parser.parse_args(argv)
-    args.load_size = args.load_size or args.size * 286 // 256
-    args.blocks = (9 if args.size >= 256 else 6) if args.blocks is None else args.blocks
-    settle(args, zeros=("lambda_x", "lambda_y", "lambda_identity", "n_layers", "decay_epochs", "lr", "seed", "pool"))
-    whole = args.size & (args.size - 1) if args.net == "unet" else args.size % 4
-    if whole or not max(16, 3 << args.n_layers) <= args.size <= args.load_size:
-        kind = "power of two" if args.net == "unet" else "multiple of 4"
-        refuse(f"--size {args.size}: give a {kind} above 2 * 2**n_layers, 16 to --load-size {args.load_size}")
+    args.data, args.load_size = data, args.load_size or args.size * 286 // 256
+    if args.blocks is None:
+        args.blocks = 9 if args.size >= 256 else 6
+    check_args(args, "lambda_x lambda_y lambda_identity n_layers pool decay_epochs lr seed".split())
+    least = max(16, 3 << args.n_layers)  # D's output is 1x1 or more
+    if args.size % 4 or not least <= args.size <= args.load_size:
+        fail(f"--size {args.size}: give a multiple of 4 from {least} (--n-layers) to {args.load_size} (--load-size)")
     return args
 
 
@@ -120,13 +135,13 @@ def get_args(argv=None):
 
 
 class Block(nn.Module):
-    """Residual block: two 3x3 convolutions, padded by reflection, each with instance norm. (N, C, H, W) -> the same."""
+    """Residual block (Sec. 7.2): two 3x3 convolutions, padded by reflection. (N, C, H, W) -> the same."""
 
     def __init__(self, width):
         super().__init__()
-        conv = [nn.ReflectionPad2d(1), nn.Conv2d(width, width, 3), nn.InstanceNorm2d(width)]
-        again = [nn.ReflectionPad2d(1), nn.Conv2d(width, width, 3), nn.InstanceNorm2d(width)]
-        self.layers = nn.Sequential(*conv, nn.ReLU(True), *again)
+        first = [nn.ReflectionPad2d(1), nn.Conv2d(width, width, 3), nn.InstanceNorm2d(width), nn.ReLU(True)]
+        second = [nn.ReflectionPad2d(1), nn.Conv2d(width, width, 3), nn.InstanceNorm2d(width)]
+        self.layers = nn.Sequential(*first, *second)
 
     def forward(self, x):
         return x + self.layers(x)
@@ -154,38 +169,10 @@ class Generator(nn.Module):
         return self.layers(x)
 
 
-class UNet(nn.Module):
-    """The other generator of the authors' code, that of pix2pix: 4x4 convolutions of stride 2 down to a 1x1 map.
-
-    x (N, 3, H, W) in [-1, 1], H and W multiples of `size` -> (N, 3, H, W) in [-1, 1].
-    """
-
-    def __init__(self, size=256, ngf=64):
-        super().__init__()
-        self.down, self.up = nn.ModuleList(), nn.ModuleList()
-        width = [3] + [ngf * min(2**i, 8) for i in range(int(math.log2(size)))]
-        for i, (c_out, c_in) in enumerate(itertools.pairwise(width)):
-            first, last = i == 0, i == len(width) - 2
-            down = [nn.LeakyReLU(0.2), nn.Conv2d(c_out, c_in, 4, 2, 1)]
-            down += [] if first or last else [nn.InstanceNorm2d(c_in)]  # a normalised 1x1 map would hold nothing
-            up = [nn.ReLU(), nn.ConvTranspose2d(c_in if last else 2 * c_in, c_out, 4, 2, 1)]
-            self.down.append(nn.Sequential(*down[first:]))
-            self.up.insert(0, nn.Sequential(*up, nn.Tanh() if first else nn.InstanceNorm2d(c_out)))
-
-    def forward(self, x):
-        levels = []
-        for down in self.down:
-            levels.append(x := down(x))
-        x = self.up[0](levels.pop())
-        for up in self.up[1:]:
-            x = up(torch.cat([x, levels.pop()], 1))
-        return x
-
-
 class Discriminator(nn.Module):
-    """PatchGAN (Sec. 7.2): C64-C128-C256-C512, a logit for each patch of 70x70 pixels, with three strided layers.
+    """PatchGAN (Sec. 7.2): C64-C128-C256-C512, an output for each patch of 70x70 pixels, with three strided layers.
 
-    x (N, 3, H, W) in [-1, 1] -> (N, 1, h, w): 30x30 for 256x256.
+    x (N, 3, H, W) in [-1, 1] -> (N, 1, h, w), 30x30 for x of 256x256.
     """
 
     def __init__(self, ndf=64, n_layers=3):
@@ -204,8 +191,8 @@ class Discriminator(nn.Module):
 class Pool(nn.Module):
     """Past images of a generator, for D to see again (Sec. 4, after Shrivastava et al.), kept on the device.
 
-    The first `size` images are stored and returned; later each is returned, or, with odds of one half, swapped for one
-    of those stored. fake (N, 3, S, S) -> (N, 3, S, S).
+    The first `size` images are stored and returned. Later ones are either returned, or, with odds of one half, stored
+    in place of a past image, which is returned instead. fake (N, 3, S, S) -> (N, 3, S, S).
     """
 
     def __init__(self, size, pixels):
@@ -215,14 +202,16 @@ class Pool(nn.Module):
 
     def forward(self, fake):
         size, shown = len(self.images), []
-        for image in gathered(fake).split(1) if size else ():
+        if size == 0:
+            return fake
+        for image in fake.split(1):
             full, swap = self.count == size, torch.rand(1, device=fake.device) < 0.5
             place = torch.where(full, torch.randint(size, (1,), device=fake.device), self.count)
             past = self.images.index_select(0, place)
             shown.append(torch.where(full & swap, past, image))
             self.images.index_copy_(0, place, torch.where(full & ~swap, past, image))
             self.count.add_(~full)
-        return torch.cat(shown)[RANK::WORLD] if size else fake
+        return torch.cat(shown)
 
 
 def init_weights(net):
@@ -232,208 +221,118 @@ def init_weights(net):
     return net
 
 
-def gan_loss(args, logits, real):
-    """(D - 1)^2 if `real`, else D^2 (Sec. 4), or cross-entropy for --loss log; mean over all patches. -> 0-d."""
+def gan_loss(args, out, real):
+    """(D - 1)^2 if `real`, else D^2 (Sec. 4); cross-entropy for --loss log; mean over all patches. -> 0-d."""
     if args.loss == "lsgan":
-        return (logits.float() - float(real)).square().mean()
-    return nn.functional.softplus(-logits.float() if real else logits.float()).mean()
+        return (out.float() - float(real)).square().mean()
+    return softplus(-out.float() if real else out.float()).mean()
 
 
 def build(args):
-    """{name: network, pool or optimiser}: all that is learned, on args.device; a checkpoint holds their states."""
+    """{name: network, pool or optimizer} on args.device: all that is learned, and so all that last.pt holds."""
     torch.manual_seed(args.seed)
     state = {}
     for name in ("G", "F"):
-        net = UNet(args.size, args.ngf) if args.net == "unet" else Generator(args.blocks, args.ngf)
-        state[name] = init_weights(net).to(args.device)
+        state[name] = init_weights(Generator(args.blocks, args.ngf)).to(args.device)
     for name in ("D_X", "D_Y"):
         state[name] = init_weights(Discriminator(args.ndf, args.n_layers)).to(args.device)
-        state[f"pool_{name[-1]}"] = Pool(args.pool, args.size).to(args.device)
-    for name, nets in (("opt_G", ("G", "F")), ("opt_D", ("D_X", "D_Y"))):
-        weights = [weight for net in nets for weight in state[net].parameters()]
-        # with the rate as a tensor, so that a recorded step follows the schedule
-        rate, betas, fit = torch.tensor(args.lr, device=args.device), (0.5, 0.999), "cuda" in args.device
-        state[name] = torch.optim.Adam(weights, rate, betas, fused=True, capturable=fit)
+    for name in ("pool_X", "pool_Y"):
+        state[name] = Pool(args.pool, args.size).to(args.device)
+    for name, first, second in (("opt_G", "G", "F"), ("opt_D", "D_X", "D_Y")):
+        weights = [*state[first].parameters(), *state[second].parameters()]
+        # The rate is a tensor, so that a CUDA graph follows the schedule.
+        rate, on_cuda = torch.tensor(args.lr, device=args.device), "cuda" in args.device
+        state[name] = torch.optim.Adam(weights, rate, betas=(0.5, 0.999), fused=True, capturable=on_cuda)
     return state
 
 
 def make_step(args, state):
     """Returns `step(x, y)`: one update of G and F, then of D_X and D_Y, on x and y (N, 3, size, size) in [-1, 1].
 
-    It gives back its losses as 0-d tensors and reads nothing back from the device, so it can be recorded and replayed.
+    It returns its losses as 0-d tensors and reads nothing back from the device, so a CUDA graph can record it.
     """
-    G, F, D_X, D_Y, pool_X, pool_Y, opt_G, opt_D = (state[name] for name in PARTS)
-    use_gan, use_x, use_y, use_same = TERMS[args.terms]
+    G, F, D_X, D_Y, opt_G, opt_D = (state[name] for name in ("G", "F", "D_X", "D_Y", "opt_G", "opt_D"))
+    use_gan, use_x, use_y, use_identity = TERMS[args.terms]
     lambda_x, lambda_y = use_x * args.lambda_x, use_y * args.lambda_y
     weights_G = [*G.parameters(), *F.parameters()]
 
-    def one_way(G, F, D_Y, x, y, lambda_x, lambda_y):
-        """Gradients of G and F from X to Y, or, with everything swapped, from Y to X. Returns G(x) and losses."""
-        lambda_same, losses = use_same * args.lambda_identity * lambda_y, {}
-        with torch.autocast(x.device.type, torch.bfloat16, args.bf16):
-            out = G(torch.cat([x, y]) if lambda_same else x)  # in one pass: instance norm keeps images apart
+    def backward_G(G, F, D_Y, x, y, lambda_x, lambda_y):
+        """Gradients of what G has a part in: X to Y and back. With all names swapped it is Y to X. Returns G(x)."""
+        lambda_identity, losses, total = use_identity * args.lambda_identity * lambda_y, {}, 0.0
+        with torch.autocast(x.device.type, torch.bfloat16, args.precision == "bf16"):
+            out = G(torch.cat([x, y]) if lambda_identity else x)  # in one pass: instance norm keeps images apart
             fake, same = out.float().tensor_split([len(x)])
             if use_gan:  # min (D_Y(G(x)) - 1)^2
                 losses["loss_gan"] = gan_loss(args, D_Y(fake), True)
+                total = total + losses["loss_gan"]
             if lambda_x:  # min |F(G(x)) - x| (Eq. 2)
-                losses["loss_cycle"] = (F(fake).float() - x).abs().mean()
-            if lambda_same:  # min |G(y) - y| (Sec. 5.2)
-                losses["loss_same"] = (same - y).abs().mean()
-        weighted = zip((1.0, lambda_x, lambda_same), map(losses.get, ("loss_gan", "loss_cycle", "loss_same")))
-        total = sum(weight * loss for weight, loss in weighted if loss is not None)
+                losses["loss_cycle"] = l1_loss(F(fake).float(), x)
+                total = total + lambda_x * losses["loss_cycle"]
+            if lambda_identity:  # min |G(y) - y| (Sec. 5.2)
+                losses["loss_same"] = l1_loss(same, y)
+                total = total + lambda_identity * losses["loss_same"]
         if losses:
             total.backward(inputs=weights_G)
-        return fake.detach(), {name: loss.detach() for name, loss in losses.items()}
+        return fake.detach(), losses
 
-    def judge(D, real, fake):
+    def backward_D(D, real, fake):
         """Gradients of D: min (D(y) - 1)^2 + D(G(x))^2, halved so that D learns slower than G (Sec. 7.1)."""
-        with torch.autocast(real.device.type, torch.bfloat16, args.bf16):
+        with torch.autocast(real.device.type, torch.bfloat16, args.precision == "bf16"):
             on_real, on_fake = D(torch.cat([real, fake])).chunk(2)
         loss_D = (gan_loss(args, on_real, True) + gan_loss(args, on_fake, False)) / 2
         loss_D.backward()
-        return loss_D.detach()
+        return loss_D
 
     def step(x, y):
         opt_G.zero_grad()
         opt_D.zero_grad()
-        fake_y, losses_G = one_way(G, F, D_Y, x, y, lambda_x, lambda_y)  # one at a time, for half the memory
-        fake_x, losses_F = one_way(F, G, D_X, y, x, lambda_y, lambda_x)
+        fake_y, losses_G = backward_G(G, F, D_Y, x, y, lambda_x, lambda_y)  # one at a time, for half the memory
+        fake_x, losses_F = backward_G(F, G, D_X, y, x, lambda_y, lambda_x)
         opt_G.step()
         losses = {f"{name}_G": loss for name, loss in losses_G.items()}
         losses |= {f"{name}_F": loss for name, loss in losses_F.items()}
         if use_gan:
-            losses |= {"loss_D_X": judge(D_X, x, pool_X(fake_x)), "loss_D_Y": judge(D_Y, y, pool_Y(fake_y))}
+            losses["loss_D_X"] = backward_D(D_X, x, state["pool_X"](fake_x))
+            losses["loss_D_Y"] = backward_D(D_Y, y, state["pool_Y"](fake_y))
             opt_D.step()
-        return losses
+        return {name: loss.detach() for name, loss in losses.items()}
 
     return step
 
 
 def train(args):
-    """Train for --epochs, from RUN/last.pt if it is there, then translate the test split. Returns the run folder."""
-    (xs, read_x), (ys, read_y) = load_images(args, "train", "A"), load_images(args, "train", "B")
-    tests, state = [load_images(args, "test", side) for side in "AB"], build(args)
-    with locked(args.run), signals() as stopped:
-        begun, count = resume(args, state, [len(xs), len(ys)]), max(len(xs), len(ys))
-        goal = max(begun, min(math.ceil(args.epochs * count / args.batch_size), args.max_steps or math.inf))
-        update, row, saved = capture(make_step(args, state), args), (time.monotonic(), begun), time.monotonic()
-        drawn = batches(args, (len(xs), read_x), (len(ys), read_y), begun)
-        for step, (epoch, x, y) in zip(range(begun + 1, goal + 1), drawn):
+    """Train for --epochs, resume if last.pt is there, then translate the test split. Returns the run folder."""
+    (xs, ys), tests = find_sides(args)
+    state = build(args)
+    epoch_length = range(max(len(xs), len(ys)))
+    files = {(a, b): xs[a] + ys[b] for a, b, _ in zip(itertools.cycle(xs), itertools.cycle(ys), epoch_length)}
+    with Run(args, state, files) as run:
+        images, test_images = load_images(args, xs, ys, args.load_size), load_images(args, *tests, args.size)
+        update, loader = capture(make_step(args, state), args), batches(args, *images, run.images_seen)
+        for step in range(run.start_step + 1, run.last_step + 1):
+            epoch, x, y = next(loader)
             decay = max(0, epoch - args.epochs + args.decay_epochs) / (args.decay_epochs + 1)
-            for optimiser in (state["opt_D"], state["opt_G"]):
-                optimiser.param_groups[0]["lr"].fill_(args.lr * (1 - decay))
-            torch.manual_seed(hash((args.seed, step)))  # of the pools; so that an update is the same after a stop
+            for name in ("opt_G", "opt_D"):
+                state[name].param_groups[0]["lr"].fill_(args.lr * (1 - decay))
+            set_seed(args, step)  # of the pools
             losses = update(x, y)
-            ending = agreed(stopped)
-            saving = ending or step == goal or step % args.save_every == 0 or time.monotonic() - saved > 600
-            row = report(args, step, goal, epoch, losses, row, saving or step == begun + 1)
-            if saving and not RANK:
-                paint(args, state, tests, args.run / "samples" / f"{step:07}.png", 4)
-                saved = save(args, state, step)
-            if ending:
+            if run.report(step, epoch, losses):  # it is time to save
+                save_samples(args, state, [side[:4] for side in test_images], args.out / "samples" / f"{step:07}.png")
+                run.save_checkpoint(step)
+            if run.should_stop:
                 break
-    with locked(args.run, 60):
-        if not (grid := args.run / "samples" / f"{goal:07}-test.png").exists():
-            paint(args, state, tests, grid, 16, args.run / "test")
-    print(f"{args.run} is finished, {goal} updates: {grid} shows the test split; --fresh starts over")
-    return args.run
+        del update  # NCCL waits for the end of a CUDA graph before it lets the process group go
+    grid = args.out / "samples" / f"{run.last_step:07}-test.png"
+    if not grid.exists():
+        save_samples(args, state, test_images, grid, tests)
+    print(f"{args.out}: {run.last_step} of {run.all_steps} steps are done; {grid} shows the test split")
+    return args.out
 
 
-# -- the house -------------------------------------------------------------------------------------------------------
+# -- data and pictures -----------------------------------------------------------------------------------------------
 
 
-def refuse(sentence):  # same as pix2pix.py
-    """Bad input ends in one sentence and exit status 2, by way of `main`."""
-    raise SystemExit(f"{SCRIPT}.py: {sentence}")
-
-
-@contextlib.contextmanager
-def blame(what):  # same as pix2pix.py
-    """Refuse `what` if anything goes wrong with it: what others wrote or sent fails in many ways."""
-    try:
-        yield
-    except Exception as error:
-        error = error.__context__ if isinstance(error.__context__, OSError) else error  # torch.save hides a full disk
-        refuse(f"{what} ({str(error).partition(chr(10))[0].partition('. ')[0] or type(error).__name__:.500})")
-
-
-@contextlib.contextmanager
-def replacing(path):  # same as pix2pix.py
-    """A file to write to, which becomes `path` when it is whole and on the disk, and otherwise leaves nothing."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    with blame(f"{path} cannot be written"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(part, "wb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def locked(path, wait=0):  # same as pix2pix.py
-    """Only one process at a time is in here for a `path`: others wait so many seconds, then are refused.
-
-    However a process ends, it leaves. Where nothing can be written, all are let in.
-    """
-    whole = Path(os.path.realpath(path))
-    lock = FileLock(whole.with_name(f".{whole.name.lstrip('.')}.lock"), timeout=wait)
-    with contextlib.ExitStack() as held:
-        if wait or not RANK:  # a run folder is the first process's
-            try:
-                whole.parent.mkdir(parents=True, exist_ok=True)
-                held.enter_context(lock)
-            except Timeout:
-                refuse(f"{path} is in use by another process: wait for its end, or stop it")
-            except OSError:
-                pass
-        yield
-
-
-@contextlib.contextmanager
-def signals():  # same as pix2pix.py
-    """A list onto which SIGINT and SIGTERM are put, so that the loop can save; then they end the script.
-
-    Of several processes all but the first end here in any case.
-    """
-    caught, kinds = [], (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(kind, lambda number, frame: caught.append(number)) for kind in kinds]
-    try:
-        yield caught
-    finally:
-        for kind, handler in zip(kinds, before):
-            signal.signal(kind, handler)
-    if WORLD > 1:
-        dist.destroy_process_group()
-    if caught or RANK:
-        sys.exit(128 + caught[0] if caught else 0)
-
-
-def settle(args, zeros):  # same as gan.py
-    """Check that numbers are from 1 up, or 0 for those named in `zeros`; settle --run, --device and precision."""
-    limits = {int: 2**63, float: math.inf}
-    for name, value in vars(args).items():
-        least = 0 if name in zeros else 1
-        if type(value) in limits and not least <= value < limits[type(value)]:
-            refuse(f"--{name.replace('_', '-')} {value}: give a number from {least} up, below {limits[type(value)]}")
-    args.run = args.run or Path("runs", f"{SCRIPT}-{os.path.basename(os.path.realpath(args.data))}")
-    if args.batch_size % WORLD:
-        refuse(f"--batch-size {args.batch_size}: give a multiple of {WORLD}, the number of processes")
-    if WORLD > 1 and torch.accelerator.is_available():
-        torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
-    args.device = args.device or str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
-    with blame(f"--device {args.device} is not to be had on this machine: leave it out to use what there is"):
-        args.device = str(torch.zeros(1, device=args.device).device)
-    units = [name for name, there in torch.cpu.get_capabilities().items() if there] if args.device == "cpu" else []
-    fast = {"avx512_bf16", "amx_bf16"} & {*units} or "cuda" in args.device and torch.cuda.is_bf16_supported(False)
-    args.bf16 = args.precision == "bf16" or args.precision == "auto" and bool(fast)
-    return args
-
-
-def streets(count, seed, size=64):  # same as pix2pix.py
+def streets(count, seed, size=64):
     """Toy maps (N, 3, size, size) and photos (N, 3, size, size), uint8, and class ids (N, size, size).
 
     Ground 0, building 1, park 2, road 3, river 4: flat colours in a map; in a photo textures of random phase, and the
@@ -456,402 +355,350 @@ def streets(count, seed, size=64):  # same as pix2pix.py
     return colour[ids].transpose(0, 3, 1, 2), photos.transpose(0, 3, 1, 2), ids
 
 
-def load_images(args, split, side):
-    """Side "A" or "B" of "train" at --load-size or "test" at --size: names, and read(i) -> uint8 (3, S, S)."""
-    size = args.load_size if split == "train" else args.size
-    if args.data == "toy":  # maps and photos of different scenes, but for the tests
-        maps, photos, _ = streets(*((100, 1) if split == "test" else (600, 0 if side == "A" else 2)), size)
-        images = torch.from_numpy(maps if side == "A" else photos)
-        return [f"{i:03}" for i in range(len(images))], images.to(args.device).__getitem__
-    folder = find_data(args)
-    found = find_side(folder, split, side) or dict([*find_side(folder, "train", side).items()][:16])  # no test split
-    files, kind = [(file, half) for file, half in found.values()], f"{split}{side}-{args.size}"
-    good, read = decoded(args, folder, files, (3, size, size), kind, lambda item: read_half(args, *item, size))
-    return [[*found][i] for i in good], read
+def find_sides(args):
+    """Sides A and B of the training images, and of the test images, or of 16 training images if there is no test split.
 
-
-def tried(args, read, item):  # same as pix2pix.py
-    """read(item); with --skip-bad None, if it is refused, which is then said."""
-    try:
-        return read(item)
-    except SystemExit as refusal:
-        if not args.skip_bad:
-            raise
-        print(f"left out: {refusal}", flush=True)
-
-
-def decoded(args, folder, items, shape, kind, read):  # same as pix2pix.py
-    """Returns the items' numbers, and i -> read(items[i]), uint8 of `shape`; an item is a tuple, mostly of files.
-
-    All is read once, and kept in a hidden file in `folder`, or beside the runs if that is read-only, so that memory
-    stays flat; a GPU takes all if they fit in a quarter of what is free. --skip-bad leaves out what cannot be read.
+    A side is {name: (file,)}. If A and B are equal, each file has both, side by side.
     """
-    stats = [(str(file), file.stat()) for item in items for file in item if isinstance(file, Path) and file.exists()]
-    facts = [(name, stat.st_size, stat.st_mtime_ns, stat.st_ino) for name, stat in stats]
-    home, stem = folder if os.access(folder, os.W_OK) else args.run.parent / "cache", f".{SCRIPT}-{kind}-{shape[-1]}"
-    cache, one = home / f"{stem}-{hashlib.sha1(repr(facts).encode()).hexdigest()}", math.prod(shape)
-
-    def kept():  # the numbers are at the end of the file
-        count, rest = divmod(cache.stat().st_size if cache.exists() else 1, one + 8)
-        found = [] if rest else np.fromfile(cache, np.int64, offset=count * one).tolist()
-        whole = found == sorted({*found} & {*range(len(items))}) and (args.skip_bad or count == len(items))
-        return found if whole else []
-
-    with locked(cache.with_name(stem), 3600):
-        if not kept():
-            print(f"decoding {len(items)} images of {folder}, once", flush=True)
-            for stale in [file for file in home.glob("*") if file.name.startswith(f"{stem}-")]:
-                with contextlib.suppress(OSError):  # another process may have it open
-                    stale.unlink()
-            with replacing(cache) as file, ThreadPoolExecutor(4) as pool:  # a few at a time, so that memory stays flat
-                good = []
-                for i in range(0, len(items), 64):
-                    found = pool.map(functools.partial(tried, args, read), items[i : i + 64])
-                    for k, pixels in enumerate(found, i):
-                        if pixels is not None:
-                            file.write(pixels.contiguous().numpy())
-                            good.append(k)
-                if not good:
-                    refuse(f"{folder} holds no readable image")
-                file.write(np.array(good, np.int64))
-        good, file = kept(), open(cache, "rb")  # for as long as the run, whoever replaces it meanwhile
-    if "cuda" in args.device and one * len(good) < torch.cuda.mem_get_info(args.device)[0] // 4:
-        pixels = torch.from_file(str(cache), size=one * len(good), dtype=torch.uint8)
-        return good, pixels.view(-1, *shape).to(args.device).__getitem__
-
-    def read_again(i):
-        file.seek(i * one)
-        return torch.frombuffer(bytearray(file.read(one)), dtype=torch.uint8).view(shape)
-
-    return good, read_again
+    if args.data == "toy":
+        return [{f"{i:03}": () for i in range(600)}] * 2, [{f"{i:03}": () for i in range(100)}] * 2
+    folder, splits = find_data(args), {"train": {}, "val": {}, "test": {}}
+    for split, side, file in find_images(folder):
+        splits[split].setdefault(side, {})[str(file.relative_to(folder))] = (file,)
+    for split, sides in splits.items():
+        if set(sides) not in (set(), {""}, {"A", "B"}):
+            fail(f"{folder} has {split} images in {' and '.join(side or '.' for side in sides)}; {LAYOUTS}")
+    train = splits["train"] or fail(f"{folder} has no training images; {LAYOUTS}")
+    few = {side: dict([*files.items()][:16]) for side, files in train.items()}
+    counts = [f"{len(files)} {split}{side}" for split, sides in splits.items() for side, files in sides.items()]
+    note = "" if splits["test"] or splits["val"] else "; no test split: showing up to 16 training images of each side"
+    print(f"{args.data}: {', '.join(counts)} images{note}")
+    tests = splits["test"] or splits["val"] or few
+    return [[sides.get(side, sides.get("")) for side in "AB"] for sides in (train, tests)]
 
 
-def find_data(args):
-    """The folder that --data means; a named set lies below --data-root, or is downloaded to there."""
-    folder = args.data_root / args.data if args.data in SETS else Path(args.data)
-    url, archive = f"{HOST}{args.data}.zip", args.data_root / f"{args.data}.zip"
-    if folder.is_dir():
-        return folder
-    if args.data not in SETS:
-        refuse(f"--data {args.data} is no folder and none of {', '.join(SETS)}")
-    if args.data == "cityscapes":
-        have = f"photos (leftImg8bit) into {folder}/trainA and testA, colour labels (gtFine) into trainB and testB"
-        refuse(f"cityscapes is withheld by its owners: register at cityscapes-dataset.com, and put {have}")
-    args.data_root.mkdir(parents=True, exist_ok=True)
-    socket.setdefaulttimeout(60)  # seconds of silence
-    with locked(folder, 3600), blame(f"{url} cannot be had: fetch it by hand as {archive}, or unpack it to {folder}"):
-        if folder.is_dir():  # another process has fetched it meanwhile
-            return folder
-        for stale in args.data_root.glob(f".{SCRIPT}-{args.data}-*"):  # of one that was killed
-            shutil.rmtree(stale)
-        for last in (True,) if archive.exists() else (False, False, True):
-            retried = contextlib.suppress(*() if last else (OSError, EOFError, zipfile.BadZipFile))
-            with retried, tempfile.TemporaryDirectory("", f".{SCRIPT}-{args.data}-", args.data_root) as part:
-                packed = archive if archive.exists() else Path(part, archive.name)
-                if not packed.exists():
-                    torch.hub.download_url_to_file(url, str(packed))
-                with zipfile.ZipFile(packed) as bundle:
-                    if sum(info.file_size for info in bundle.infolist()) > 2**30 + 20 * packed.stat().st_size:
-                        raise ValueError("it unpacks to more than a gigabyte and 20 times its size")
-                    bundle.extractall(part)  # nothing outside of `part`; each file against its checksum
-                os.rename(os.path.join(part, args.data, ""), folder)  # no mere file, by the last slash
-                return folder
+def load_images(args, xs, ys, size):
+    """Sides A and B as uint8 (N, 3, size, size)."""
+    if args.data == "toy":  # maps and photos are of different scenes, but for the tests
+        seed_x, seed_y = (1, 1) if len(xs) == 100 else (0, 2)
+        maps, photos = streets(len(xs), seed_x, size)[0], streets(len(ys), seed_y, size)[1]
+        return [torch.from_numpy(side).to(args.device) for side in (maps, photos)]
+
+    def read(files):  # one file, with one image or with two halves
+        images = [read_image(files[0], args.white)]
+        if xs == ys:
+            w, h = images[0].size
+            if w != 2 * h:
+                fail(f"{files[0]} has {w}x{h} pixels, not twice as wide as high; {LAYOUTS}")
+            images = [images[0].crop((0, 0, h, h)), images[0].crop((h, 0, w, h))]
+        if min(images[0].size) < args.size:
+            fail(f"{files[0]} is too small: give at most --size {min(images[0].size) // 4 * 4}")
+        return torch.cat([pil_to_tensor(image.resize((size, size), Image.Resampling.BICUBIC)) for image in images])
+
+    if xs == ys:
+        return cache_images(args, list(xs.values()), read, (6, size, size)).split(3, 1)
+    return [cache_images(args, list(side.values()), read, (3, size, size)) for side in (xs, ys)]
 
 
-def find_side(folder, split, side):
-    """{name: (file, half)} of one kind of images; half "A" or "B" of images of pairs, else ""; {} if there is no split.
+def to_x(args, pixels):
+    """uint8 (N, 3, H, W) to [-1, 1] on the device."""
+    pixels = pixels.pin_memory() if "cuda" in args.device and not pixels.is_cuda else pixels  # the host need not wait
+    return pixels.to(args.device, non_blocking=True) / 127.5 - 1
 
-    trainA/ and trainB/, train/A/ and train/B/, A/train/ and B/train/, or A/ and B/; or else, in train/ or here, pairs
-    side by side, used as if they were none.
+
+def batches(args, xs, ys, images_seen):
+    """Yields epoch, x and y (B, 3, size, size) in [-1, 1], without end: here goes a data loader of your own.
+
+    xs and ys are uint8 (N, 3, load_size, load_size). An epoch is as long as the larger of them, and each x meets a
+    random y. Both have a random crop and mirroring of their own.
     """
-    for part in ("train", ".") if split == "train" else ("test", "val"):
-        for a, b in ((f"{part}A", f"{part}B"), (f"{part}/A", f"{part}/B"), (f"A/{part}", f"B/{part}")):
-            if (folder / a).is_dir() or (folder / b).is_dir():
-                return {name: (file, "") for name, file in find_images(folder / (a if side == "A" else b)).items()}
-        if (folder / part).is_dir():
-            found = find_images(folder / part).items()
-            return {name: (file, side) for name, file in found if not name.startswith(("test/", "val/"))}
-    return {}
-
-
-def find_images(path):  # same as pix2pix.py
-    """{name: file} of all images below a folder, or of a file; a name keeps its suffix where it would be another's."""
-    suffixes, found = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"), {}
-    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-        name = file.relative_to(path if path.is_dir() else path.parent).as_posix()
-        stem = name.removesuffix(file.suffix)
-        if file.suffix.lower() in suffixes and "/." not in f"/{name}":  # nothing hidden
-            found[name if stem in found else stem] = file
-    return found or refuse(f"{path} holds no images ({', '.join(suffixes)})")
-
-
-def read_image(path):  # same as pix2pix.py
-    """An image of any usual kind as a Pillow image: upright, with 8 bits, grey, RGB or RGBA."""
-    if not path.is_file():  # a pipe would be waited for without end
-        refuse(f"{path} is no file, or a link to none")
-    with blame(f"{path} cannot be read as an image"), Image.open(path) as file:
-        if file.mode == "F":
-            raise ValueError("it has floating-point pixels: save it with 8 or 16 bits")
-        image = ImageOps.exif_transpose(file)
-        if image.mode[0] == "I":  # 16 bits
-            image = Image.fromarray(np.uint8(np.asarray(image).clip(0, 65535) // 257))
-        return image.convert("RGBA" if image.has_transparency_data else "L" if image.mode in ("1", "L") else "RGB")
-
-
-def flatten(image, channels):  # same as pix2pix.py
-    """A Pillow image in 1 to 4 channels; what is transparent shows white if there is no channel for it."""
-    if image.mode == "RGBA" and channels % 2:
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert(("L", "LA", "RGB", "RGBA")[channels - 1])
-
-
-def read_half(args, file, half, size):
-    """An image, or its left `half` "A" or right one "B", as uint8 (3, size, size)."""
-    image = flatten(read_image(file), 3)
-    if half:
-        middle = image.width // 2
-        image = image.crop((0, 0, middle, image.height) if half == "A" else (middle, 0, image.width, image.height))
-    if min(image.size) < args.size:
-        refuse(f"{file} has {image.width}x{image.height} pixels{half and ' a half'}: --size {args.size} at least")
-    return pil_to_tensor(image.resize((size, size), Image.Resampling.BICUBIC))
-
-
-def batches(args, xs, ys, step):
-    """Yields epoch, x and y (B, 3, size, size) in [-1, 1] for each update after `step`, all drawn from the seed alone.
-
-    xs and ys are counts and read(i). An epoch is as long as the larger set; y is drawn at random; jitter, a random crop
-    out of --load-size, and mirror are each one's own. A batch may reach into the next epoch.
-    """
-    count = max(xs[0], ys[0])
-    orders = functools.lru_cache(2)(lambda epoch: np.random.default_rng([args.seed, epoch]).permutation(count).tolist())
-    for first in itertools.count(step * args.batch_size, args.batch_size):
+    count = max(len(xs), len(ys))
+    orders = functools.lru_cache(2)(lambda epoch: np.random.default_rng([args.seed, epoch]).permutation(count))
+    for first in itertools.count(images_seen, args.batch_size):
         batch = []
         for k in range(first + RANK, first + args.batch_size, WORLD):
             rng = np.random.default_rng([args.seed, k, 1])
-            for pixels in (xs[1](orders(k // count)[k % count] % xs[0]), ys[1](int(rng.integers(ys[0])))):
+            x, y = xs[orders(k // count)[k % count] % len(xs)], ys[rng.integers(len(ys))]
+            for pixels in (x, y):
                 top, left = rng.integers(0, args.load_size - args.size + 1, 2)
                 pixels = pixels[:, top : top + args.size, left : left + args.size]
                 batch.append(pixels.flip(-1) if rng.random() < 0.5 and not args.no_mirror else pixels)
-        x, y = (torch.stack(batch[side::2]).to(args.device) / 127.5 - 1 for side in (0, 1))
-        yield first // count + 1, x, y
+        yield first // count + 1, to_x(args, torch.stack(batch[::2])), to_x(args, torch.stack(batch[1::2]))
 
 
 @torch.no_grad()
-def there_and_back(args, G, F, pixels):
-    """Pillow images of x, uint8 (3, H, W), of G(x) and of F(G(x)).
+def to_images(args, pixels, *nets):
+    """Pillow images of x, uint8 (3, H, W), and of what `nets` make of it, one after the other: x, G(x), F(G(x)).
 
-    x is padded by reflection to what the networks take, and what they give cropped back.
+    For them x is padded to multiples of 4, and to 8 at least.
     """
-    (h, w), whole = pixels.shape[1:], args.size if args.net == "unet" else 4
-    padded = np.pad(pixels.cpu(), ((0, 0), (0, max(-h % whole, 8 - h)), (0, max(-w % whole, 8 - w))), "reflect")
-    x = torch.from_numpy(padded)[None].to(args.device) / 127.5 - 1
-    with torch.autocast(x.device.type, torch.bfloat16, args.bf16):
-        fake = G(x).float()
-        shown = torch.cat([x, fake, F(fake).float()])[:, :, :h, :w]
-    return [to_pil_image(image) for image in (shown * 127.5 + 127.5).round().byte().cpu()]
+    h, w = pixels.shape[1:]
+    padded = np.pad(pixels.cpu(), ((0, 0), (0, max(-h % 4, 8 - h)), (0, max(-w % 4, 8 - w))), "reflect")
+    images = [to_x(args, torch.from_numpy(padded)[None])]
+    with torch.autocast(images[0].device.type, torch.bfloat16, args.precision == "bf16"):
+        for net in nets:
+            images.append(net(images[-1]).float())
+    return [to_pil_image((image[0, :, :h, :w] * 127.5 + 127.5).round().byte().cpu()) for image in images]
 
 
-def paint(args, state, tests, grid, count, folder=None):
-    """A `grid` of x | G(x) | F(G(x)) and y | F(y) | G(F(y)) for `count` tests (Fig. 4); all into `folder` if given."""
-    rows, ways = [], (("AtoB", "G", "F"), ("BtoA", "F", "G"))
-    for (names, read), (way, there, back) in zip(tests, ways):
-        for i, name in enumerate(names if folder else names[:count]):
-            images = there_and_back(args, state[there], state[back], read(i))
-            if folder:
-                with replacing(folder / way / f"{name}.png") as file:
-                    images[1].save(file, "PNG")
-            if i < count:
-                rows.append((i, way, [pil_to_tensor(image) for image in images]))
-    cells = [cell for _, _, images in sorted(rows, key=lambda row: row[:2]) for cell in images]
-    with replacing(grid) as file:
-        to_pil_image(make_grid(cells, 6, pad_value=255)).save(file, "PNG")
+def save_samples(args, state, images, grid, names=((), ())):
+    """Translate both sides of `images`, uint8 (N, 3, H, W), there and back; `names` are saved in OUT/test.
+
+    The picture `grid` shows the first 16: x, G(x), F(G(x)), and y, F(y), G(F(y)) (Fig. 4).
+    """
+    shown = {"AtoB": [], "BtoA": []}
+    for way, side, files in zip(WAYS, images, names):
+        there, back = WAYS[way]
+        for pixels, name in itertools.zip_longest(side, files):
+            translated = to_images(args, pixels, state[there], state[back])
+            if name:
+                atomic_write(args.out / "test" / way / f"{Path(name).stem}.png", translated[1].save)
+            if len(shown[way]) < 16:
+                shown[way].append(translated)
+    cells = [image for x, y in zip(*shown.values()) for image in x + y]
+    save_grid(grid, cells, ["x", "G(x)", "F(G(x))", "y", "F(y)", "G(F(y))"])
+
+
+def load_generator(run, device="cpu", direction="AtoB"):
+    """G of a run folder, or F for BtoA, (N, 3, H, W) to (N, 3, H, W) in [-1, 1], H and W multiples of 4."""
+    checkpoint = load_checkpoint(run)
+    with explain_errors(f"{run}/last.pt is damaged"), torch.device("meta"):  # the weights are those of the file
+        settings = argparse.Namespace(**checkpoint["settings"])
+        G = Generator(settings.blocks, settings.ngf)
+        G.load_state_dict(checkpoint[WAYS[direction][0]], assign=True)
+    G.settings = settings
+    return G.to(device)
 
 
 def translate(args):
-    """Translate --translate, an image or a folder, of any size, by RUN/last.pt. Returns the folder of the results."""
-    path, to = args.run / "last.pt", swept(args.to or args.run / "translated")
-    found, cells, there = find_images(args.translate), [], args.direction
-    if {*map(os.path.realpath, found.values())} & {os.path.realpath(to / f"{name}.png") for name in found}:
-        refuse(f"--to {to} would overwrite what is to be translated: choose another folder")
-    checkpoint = read_checkpoint(path, args.device)
-    with blame(f"{path} is damaged"), Budget(path.stat().st_size + 2**20), warnings.catch_warnings(action="ignore"):
-        args = argparse.Namespace(**vars(args) | checkpoint["settings"])
-        if args.n_layers > 99:  # the list of their widths alone would take for ever
-            raise ValueError(f"it has n_layers {args.n_layers}")
-        state = build(args)
-        for name in "GF":
-            state[name].load_state_dict(checkpoint[name])
-    for i, (name, file) in enumerate(found.items()):
-        pixels = pil_to_tensor(flatten(read_image(file), 3))
-        images = there_and_back(args, *(state[name] for name in ("GF" if there == "AtoB" else "FG")), pixels)
-        with replacing(to / f"{name}.png") as file:
-            images[1].save(file, "PNG")
-        if i < 16:
-            fitted = [ImageOps.pad(image, (args.size, args.size), color="white") for image in images]
-            cells += [pil_to_tensor(image) for image in fitted]
-    with replacing(to.with_name(f"{to.name}-comparison.png")) as file:
-        to_pil_image(make_grid(cells, 6, pad_value=255)).save(file, "PNG")
-    print(f"translated {len(found)} images to {to}, with {to.name}-comparison.png beside it")
-    return to
+    """Translate --translate, an image or a folder, of any size, with a trained G. Returns the folder of the results."""
+    G, to, errors = load_generator(args.out, args.device, args.direction), args.to or args.out / "translated", []
+    found = find_images(args.translate) if args.translate.is_dir() else [("", "", args.translate)]
+    for _, folder, file in found:
+        if file.parent.resolve() == to.resolve():
+            fail(f"--to {to} is the folder of the images themselves: choose another")
+        try:
+            image = read_image(file, args.white)
+        except SystemExit as error:  # go on with the others
+            errors.append(str(error))
+            continue
+        atomic_write(to / folder / f"{file.stem}.png", to_images(args, pil_to_tensor(image), G)[1].save)
+    print(f"{len(found) - len(errors)} images are translated to {to}")
+    return to if not errors else sys.exit("\n".join(errors))
 
 
-def swept(to):  # same as pix2pix.py
-    """The folder `to`, without what a kill left half-written there or beside it."""
-    to = to if to.name else to.resolve()
-    for folder, parts in ((to, "**/*"), (to.parent, f"{to.name}-*"), (to.with_name(f"{to.name}-figures"), "*")):
-        for part in folder.glob(f"{parts}.png.*.part"):
-            part.unlink(missing_ok=True)
-    return to
+# -- the same in all six scripts -------------------------------------------------------------------------------------
 
 
-def save(args, state, step):  # same as pix2pix.py
-    """Write RUN/last.pt, to go on from or to use, unless a weight is not finite. Returns the time."""
-    if not all(weight.isfinite().all() for part in state.values() for weight in getattr(part, "parameters", list)()):
-        refuse(f"update {step} made weights that are not finite; {args.run}/last.pt stays as it was: {ADVICE}")
-    checkpoint = {"script": SCRIPT, "version": 1, "step": step, "settings": args.settings}
-    with replacing(args.run / "last.pt") as file:
-        torch.save(checkpoint | {name: part.state_dict() for name, part in state.items()}, file)
-    return time.monotonic()
+def fail(sentence):
+    """End the script with one sentence that says what to mend, and exit status 1."""
+    raise SystemExit(f"{SCRIPT}: {sentence}")
 
 
-def read_checkpoint(path, device, sent=None):  # same as pix2pix.py
-    """The dict that `save` wrote, to `path` or in the bytes `sent`; no code that it may hold is run."""
-    with (
-        blame(f"{path} cannot be used as a checkpoint of {SCRIPT}.py"),
-        warnings.catch_warnings(action="ignore"),
-        io.BytesIO(sent) if sent else open(path, "rb") as file,
-    ):
-        with zipfile.ZipFile(file) as parts:  # torch checks no checksum, and unpacks whatever it is given
-            if any(part.compress_type for part in parts.infolist()) or parts.testzip():
-                raise ValueError("it was changed after it was written")
-        file.seek(0)
-        checkpoint = torch.load(file, map_location=device, weights_only=True)
-        if (checkpoint["script"], checkpoint["version"]) != (SCRIPT, 1):
-            raise ValueError(f"it is one of {checkpoint['script']}.py, version {checkpoint['version']}")
-        return checkpoint
+@contextlib.contextmanager
+def explain_errors(sentence):
+    """Whatever goes wrong inside ends the script with `sentence` and the cause."""
+    try:
+        yield
+    except Exception as error:
+        cause = str(error).partition("\n")[0].partition(". ")[0] or type(error).__name__
+        fail(f"{sentence} ({cause})")
 
 
-class Budget(TorchDispatchMode):  # same as pix2pix.py
-    """Refuses to make new tensors of more than so many bytes: settings from elsewhere may ask for any."""
-
-    def __init__(self, size):
-        super().__init__()
-        self.left = size
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        made = func(*args, **kwargs or {})
-        if isinstance(made, torch.Tensor) and not any(isinstance(arg, torch.Tensor) for arg in args):
-            self.left -= made.nbytes
-            if self.left < 0:
-                raise ValueError("its settings are of larger networks than it holds")
-        return made
+def atomic_write(path, write):
+    """Let `write` make a file beside `path`, then rename it: it is there as a whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".part-{path.name}")
+    write(part)
+    os.replace(part, path)
 
 
-def resume(args, state, count):  # same as pix2pix.py
-    """Make RUN, or go on with it: load RUN/last.pt if it is there. Returns the step it was saved at, or 0."""
-    now = {name: value for name, value in vars(args).items() if name not in FREE.split()}  # others may not change
-    now = args.settings = now | {"data": Path(args.data).resolve().name, "count": count}
-    olds = (args.run.with_name(f"{args.run.name}.old-{n}") for n in itertools.count(1))
-    if args.fresh and args.run.exists() and not RANK:
-        with blame(f"{args.run} cannot be moved aside for --fresh"):
-            args.run.rename(next(old for old in olds if not old.exists()))
-    path, log, step = args.run / "last.pt", args.run / "log.jsonl", 0
-    sent = joined(state, path)
-    if sent or WORLD == 1 and path.exists():
-        then = read_checkpoint(path, args.device, sent)
-        with blame(f"{path} is damaged: --fresh starts over and keeps it"), warnings.catch_warnings(action="ignore"):
-            old, step = then["settings"], int(then["step"])
-            names = [name for name in now | old if (now.get(name) or 0) != (old.get(name) or 0)]  # a new one was off
-            if differ := [f"{name} {old.get(name, 0)!s:.99}" for name in names]:
-                refuse(f"{args.run} was begun with {', '.join(differ)}: repeat that, or start over with --fresh")
-            for name, part in state.items():
-                fresh = len(getattr(part, "state", {}))
-                if isinstance(part, torch.optim.Optimizer):  # with the settings of now, for the device of now
-                    then[name]["param_groups"] = part.state_dict()["param_groups"]
-                part.load_state_dict(then[name])
-                forms = [  # what an optimiser keeps of a weight; of each the same
-                    {(key, x.dtype, x.layout, x.shape != weight.shape and x.shape) for key, x in kept.items()}
-                    for weight, kept in getattr(part, "state", {}).items()
-                ]
-                if len(forms) < fresh or any(form != forms[0] for form in forms):
-                    raise ValueError(f"{name} is of another form")
-    if RANK:
-        return step
-    for part in args.run.rglob("*.part"):  # of a file that a kill cut off
-        part.unlink()
-    with replacing(args.run / "config.json") as file:
-        file.write(json.dumps(now | {"torch": torch.__version__}, indent=2).encode())
-    with blame(f"{log} is damaged: delete it"), replacing(log) as file:  # what came after last.pt will come again
-        rows = log.read_text().splitlines(keepends=True) if log.exists() else []
-        file.writelines(row.encode() for row in rows if row.endswith("\n") and json.loads(row)["step"] <= step)
-    return step
+def check_args(args, may_be_zero):
+    """Check --data and the numbers; choose the run folder, the device and the precision."""
+    if args.data not in SETS and not Path(args.data).is_dir():
+        near = difflib.get_close_matches(args.data, SETS) or SETS
+        fail(f"--data {args.data} is not a folder; did you mean {' or '.join(near)}?")
+    for name, value in vars(args).items():
+        if type(value) in (int, float) and not (0 < value < math.inf or value == 0 and name in may_be_zero):
+            fail(f"--{name.replace('_', '-')} {value}: give a number above 0")
+    args.out = args.out or Path("runs", f"{SCRIPT}-{Path(args.data).resolve().name}")
+    args.batch_size += -args.batch_size % WORLD  # an equal share for each process of torchrun
+    if WORLD > 1 and torch.accelerator.is_available():
+        torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
+    device = args.device or torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    with explain_errors(f"--device {device} is not on this machine: leave it out to use what is there"):
+        args.device = str(torch.empty(1, device=device).device)
+    units = torch.cpu.get_capabilities() if args.device == "cpu" else {"cuda": torch.cuda.is_bf16_supported(False)}
+    if args.precision == "auto":
+        args.precision = "bf16" if any(units.get(name) for name in ("avx512_bf16", "amx_bf16", "cuda")) else "fp32"
 
 
-def joined(state, path):  # same as pix2pix.py
-    """One of the processes of torchrun becomes one of many. Returns what the first has at `path`, or None.
+class Run:
+    """The run folder: resumes `state` if last.pt is there; logs and saves. Settings in FIXED stay as they were."""
 
-    From now on optimisers take the mean of the gradients over all processes.
-    """
-    if WORLD == 1:
-        return None
-    with blame("the other processes cannot be reached: start all of them with torchrun"):
-        dist.init_process_group()
-    for part in state.values():
-        if isinstance(part, torch.optim.Optimizer):
-            part.register_step_pre_hook(average)
-    sent = [path.read_bytes() if path.exists() and not RANK else None]
-    dist.broadcast_object_list(sent)
-    return sent[0]
+    def __init__(self, args, state, files):
+        self.args, self.state, self.start_step, self.images_seen, self.signal = args, state, 0, 0, 0
+        sizes = [(name, [file.stat().st_size for file in group]) for name, group in files.items()]
+        self.settings = {name: value for name, value in vars(args).items() if not isinstance(value, Path)}
+        self.settings["other images"] = hashlib.sha256(repr(sizes).encode()).hexdigest()[:12]
+        self.settings["script"] = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
+        saved = load_checkpoint(args.out) if (args.out / "last.pt").exists() and not args.fresh else None
+        if WORLD > 1:
+            saved = share_checkpoint(state, saved)
+        if saved:
+            self.resume(saved)
+        elif args.init:
+            weights = load_checkpoint(args.init)
+            with explain_errors(f"--init {args.init} has other networks"):
+                for name in [name for name in state if not name.startswith(("opt", "pool"))]:
+                    state[name].load_state_dict(weights[name])
+        steps = math.ceil((args.epochs * len(files) - self.images_seen) / args.batch_size)
+        self.all_steps = self.start_step + max(0, steps)
+        self.last_step = max(self.start_step, min(self.all_steps, args.max_steps or self.all_steps))
+
+    def resume(self, saved):
+        """Go on from a checkpoint, if it has the images and the settings of now."""
+        for name, old in saved["settings"].items():
+            new, option = self.settings.get(name), name.replace("_", "-").replace("source", "from")
+            if old != new and name in FIXED:
+                fail(f"{self.args.out} was started with {option} {old}, not {new}: repeat that, or --out, or --fresh")
+            if old != new:
+                print(f"{self.args.out}: {option} was {old}, now {new}")
+        with explain_errors(f"{self.args.out}/last.pt is damaged: --fresh starts over"):
+            self.start_step, self.images_seen = saved["step"], saved["images_seen"]
+            for name, part in self.state.items():
+                if name.startswith("opt"):  # with the rate and the device of now
+                    saved[name]["param_groups"] = part.state_dict()["param_groups"]
+                part.load_state_dict(saved[name])
+
+    def __enter__(self):
+        args, log = self.args, self.args.out / "log.jsonl"
+        args.out.mkdir(parents=True, exist_ok=True)
+        self.lock = FileLock(args.out / ".lock", timeout=0)
+        with explain_errors(f"{args.out} is in use: wait for the other process, or stop it"):
+            self.lock.acquire()
+        for old in [args.out / "last.pt", *args.out.glob("samples/*.png")] if args.fresh else []:
+            old.unlink(missing_ok=True)
+        rows = log.read_text().splitlines(True) if log.exists() else []
+        rows = [row for row in rows if row.endswith("}\n") and json.loads(row)["step"] <= self.start_step]
+        atomic_write(log, lambda part: part.write_text("".join(rows)))
+        (args.out / "config.json").write_text(json.dumps(self.settings | {"torch": torch.__version__}, indent=2))
+        numbers = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # nohup ignores SIGHUP
+        self.handlers = {number: signal.signal(number, self.on_signal) for number in numbers}
+        begin = "resuming" if self.start_step else "starting"
+        print(f"{begin} {args.out} at step {self.start_step} of {self.all_steps}, {args.device}, {args.precision}")
+        self.bar = tqdm(total=self.last_step, initial=self.start_step, unit="step", file=sys.stdout)
+        self.last_report = self.last_save = time.monotonic()
+        return self
+
+    def __exit__(self, error, *_):
+        self.bar.close()
+        self.lock.release()
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        if WORLD > 1:
+            dist.destroy_process_group()
+        if self.signal and not error:
+            print(f"saved at step {self.bar.n}; repeat the command to resume")
+            sys.exit(128 + self.signal)
+
+    def on_signal(self, number, frame):
+        self.signal = number
+
+    def report(self, step, epoch, losses):
+        """Log the losses every two seconds. Returns whether to save now. A loss that is not finite ends the run."""
+        now, args = time.monotonic(), self.args
+        if WORLD > 1:  # all processes stop at the same step
+            number = torch.tensor(self.signal)
+            dist.all_reduce(number, dist.ReduceOp.MAX)
+            self.signal = number.item()
+        self.should_stop = self.signal > 0
+        save = self.should_stop or step == self.last_step or now - self.last_save > 600
+        save = save or args.save_every and step % args.save_every == 0
+        if save or step == self.start_step + 1 or now - self.last_report > 2:
+            losses = {name: loss.item() for name, loss in losses.items()}  # waits for the device
+            if not all(map(math.isfinite, losses.values())):
+                fail(f"a loss is not finite at step {step}: {losses}; last.pt is kept; try a lower --lr")
+            rate = (step - self.bar.n) * args.batch_size / max(now - self.last_report, 1e-9)
+            with open(args.out / "log.jsonl", "a") as log:
+                log.write(json.dumps({"step": step, "epoch": epoch, **losses, "images_per_s": rate}) + "\n")
+            with contextlib.suppress(OSError):  # the terminal may be closed
+                self.bar.set_postfix(losses, images_per_s=rate, refresh=False)
+                self.bar.update(step - self.bar.n)
+            self.last_report = now
+        return save and RANK == 0
+
+    def save_checkpoint(self, step):
+        """Write last.pt."""
+        images_seen = self.images_seen + (step - self.start_step) * self.args.batch_size
+        checkpoint = {"script": METHOD, "settings": self.settings, "step": step, "images_seen": images_seen}
+        checkpoint |= {name: part.state_dict() for name, part in self.state.items()}
+        atomic_write(self.args.out / "last.pt", functools.partial(torch.save, checkpoint))
+        self.last_save = time.monotonic()
 
 
-def average(optimiser, *_):  # same as pix2pix.py
-    """Make the gradients that an optimiser is about to take those of the whole batch, in one message."""
-    grads = [weight.grad for group in optimiser.param_groups for weight in group["params"] if weight.grad is not None]
-    if grads:
-        flat = nn.utils.parameters_to_vector(grads)
-        dist.all_reduce(flat)
-        nn.utils.vector_to_parameters(flat / WORLD, grads)
+def set_seed(args, step):
+    """Make what is random in an update depend on --seed and the step alone, so that a resumed run is the same."""
+    backend = torch.default_generator if args.device == "cpu" else torch.get_device_module(args.device)
+    backend.manual_seed(hash((args.seed, step)) + RANK)
 
 
-def gathered(x):
-    """x (N, ...) of all processes, in the order of the whole batch. -> (WORLD * N, ...)"""
-    if WORLD == 1:
-        return x
-    dist.all_gather(parts := [torch.empty_like(x) for _ in range(WORLD)], x)
-    return torch.stack(parts, 1).flatten(0, 1)
+def load_checkpoint(run):
+    """The dict in RUN/last.pt, on the CPU. No code in it is run."""
+    path = Path(run, "last.pt")
+    if not path.exists():
+        fail(f"there is no {path}: train first, or name a run folder by --out")
+    with explain_errors(f"{path} is not a checkpoint of {METHOD}"):
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if checkpoint["script"] != METHOD:
+            raise ValueError(f"it is one of {checkpoint['script']}")
+    return checkpoint
 
 
-def agreed(stopped):  # same as pix2pix.py
-    """Whether any of the processes was sent a signal, so that all stop at the same update; `stopped` has it then."""
-    if WORLD > 1:
-        dist.all_reduce(last := torch.tensor(stopped[-1] if stopped else 0), dist.ReduceOp.MAX)
-        stopped += [last.item()] * (last.item() > 0)
-    return bool(stopped)
+def init_distributed(args):
+    """Join the processes of torchrun. All but the first are silent, and write to a folder that is thrown away."""
+    dist.init_process_group()
+    if RANK > 0:
+        args.out, sys.stdout = Path(tempfile.mkdtemp()), open(os.devnull, "w")
+        atexit.register(shutil.rmtree, args.out, ignore_errors=True)
 
 
-def capture(step, args):  # same as pix2pix.py
-    """On CUDA `step` as one recorded graph, without a launch a kernel: three calls warm it up, the fourth records it.
+def share_checkpoint(state, checkpoint):
+    """From now on optimizers average their gradients over all processes. Returns the first one's checkpoint to all."""
+    for name in [name for name in state if name.startswith("opt")]:
+        state[name].register_step_pre_hook(average_gradients)
+    shared = [checkpoint]
+    dist.broadcast_object_list(shared)
+    return shared[0]
 
-    Later ones replay it with new inputs of the same shapes; what they return is overwritten by the next call.
-    """
+
+def average_gradients(optimizer, *_):
+    """Replace the gradients that `optimizer` is about to use by their mean over all processes, in one message."""
+    grads = [weight.grad for weight in optimizer.param_groups[0]["params"] if weight.grad is not None]
+    mean = nn.utils.parameters_to_vector(grads) / WORLD
+    dist.all_reduce(mean)
+    nn.utils.vector_to_parameters(mean, grads)
+
+
+def capture(step, args):
+    """On CUDA, `step` as one CUDA graph: the fourth call records it, later ones replay it and overwrite its losses."""
     if "cuda" not in args.device or args.no_capture:
         return step
-    graph, stream, still, losses = torch.cuda.CUDAGraph(), torch.cuda.Stream(args.device), [], {}
-    calls, current = itertools.count(1), torch.cuda.current_stream(args.device)
+    graph, stream, calls, inputs, losses = torch.cuda.CUDAGraph(), torch.cuda.Stream(), itertools.count(), [], {}
+    torch.backends.cudnn.benchmark = True
 
     def replay(*batch):
-        if (call := next(calls)) < 4:
-            stream.wait_stream(current)
+        if next(calls) < 3:  # warm up
+            stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
-                found = step(*batch)
-            current.wait_stream(stream)
-            return found
-        if call == 4:
-            still.extend(part.clone() for part in batch)
-            with blame("an update cannot be recorded as a CUDA graph here: use --no-capture"):
-                with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-                    losses.update(step(*still))
-        for kept, new in zip(still, batch):
+                losses.update(step(*batch))
+            torch.cuda.current_stream().wait_stream(stream)
+            return losses
+        if not inputs:
+            inputs.extend(tensor.clone() for tensor in batch)
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                losses.update(step(*inputs))
+        for kept, new in zip(inputs, batch):
             kept.copy_(new)
         graph.replay()
         return losses
@@ -859,59 +706,103 @@ def capture(step, args):  # same as pix2pix.py
     return replay
 
 
-def report(args, step, goal, epoch, losses, last, must):  # same as pix2pix.py
-    """Print and log the losses now and then, or if it `must`. Takes and returns time and step of the `last` row."""
-    now, terminal = time.monotonic(), sys.stdout.isatty()
-    due = must or now - last[0] > (1 if terminal else 10)
-    if due or args.device == "cpu":  # elsewhere reading a loss makes the host wait for the device
-        losses = {name: loss.item() for name, loss in losses.items()}
-        if not all(map(math.isfinite, losses.values())):
-            refuse(f"update {step} has a loss that is not finite, {losses}; last.pt stays as it was: {ADVICE}")
-    if not due or RANK:
-        return last
-    rate = (step - last[1]) * args.batch_size / (now - last[0])
-    with blame(f"{args.run}/log.jsonl cannot be written"), open(args.run / "log.jsonl", "a") as log:
-        log.write(json.dumps({"step": step, "epoch": epoch, **losses, "images_per_s": rate}) + "\n")
-    left = timedelta(seconds=(goal - step) * args.batch_size // rate)
-    text = f"{step}/{goal} {rate:.3g} images/s {left} left " + " ".join(f"{n} {x:.3g}" for n, x in losses.items())
-    print(f"\r{text:<79.79}" if terminal else text, end="\n" if step == goal or not terminal else "", flush=True)
-    return now, step
+def find_data(args):
+    """The folder that --data means; a named set is downloaded to --data-root on first use."""
+    if args.data not in SETS:
+        return Path(args.data)
+    folder, archive = args.data_root / args.data, URL.format(args.data)
+    args.data_root.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"), explain_errors(f"{archive} cannot be downloaded: unpack it to {folder} yourself"):
+        if not folder.is_dir():
+            with tempfile.TemporaryDirectory(dir=args.data_root) as temp:
+                file = Path(temp, Path(archive).name)
+                torch.hub.download_url_to_file(archive, str(file))
+                safe = None if file.suffix == ".zip" else "data"  # nothing outside of temp, which zip never does
+                shutil.unpack_archive(file, temp, filter=safe)
+                os.rename(Path(temp, args.data), folder)
+    return folder
 
 
-def first_to_say():  # same as pix2pix.py
-    """Whether no other process of torchrun has said a sentence: one is enough."""
-    with contextlib.suppress(Exception):
-        return WORLD == 1 or next(dist.rendezvous("env://", timeout=timedelta(seconds=9)))[0].add("said", 1) == 1
-    return True
+def find_images(folder):
+    """[(split, folders, file)] of all images below `folder`; the split is train, val or test if a folder says so."""
+    names = sorted(glob.glob("**/*.*", root_dir=folder, recursive=True))  # follows links, leaves out hidden files
+    runs = tuple(name.removesuffix("log.jsonl") for name in names if name.endswith("/log.jsonl"))
+    names = [name for name in names if not name.startswith(runs or "/")]
+    images = [name for name in names if name.lower().endswith(IMAGES)]
+    found = []
+    for name in images:
+        *parts, _ = re.sub("(train|test|val)[_-]?([AB])/", r"\1/\2/", name).split("/")
+        splits = {SPLITS[part] for part in parts if part in SPLITS} or {"train"}
+        if len(splits) > 1:
+            fail(f"{folder}/{name} is in two splits")
+        found.append((*splits, "/".join(part for part in parts if part not in SPLITS), Path(folder, name)))
+    if len(names) > len(images):
+        print(f"{folder}: {len(names) - len(images)} files with other endings are left out")
+    return found or fail(f"{folder} has no images ({', '.join(IMAGES)})")
 
 
-def main(argv=None):  # same as pix2pix.py
-    """Train or translate; bad input, and what the machine refuses, end in one sentence and exit status 2."""
-    for kind in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(kind, lambda number, frame: sys.exit(128 + number))
-    warnings.filterwarnings("ignore", module="PIL")  # a refusal says it in one sentence
-    logging.getLogger("PIL").setLevel(100)
-    warnings.simplefilter("error", Image.DecompressionBombWarning)  # above 89 million pixels
-    getattr(sys.stdout, "reconfigure", dict)(errors="backslashreplace")  # files may have names that it cannot show
-    try:
-        args = get_args(argv)
-        if RANK and args.translate:  # one process is enough
-            return None
-        return (translate if args.translate else train)(args)
-    except (SystemExit, OSError, MemoryError, RuntimeError) as error:
-        status, said = getattr(error, "code", None), str(error).replace("\n", " ")
-        full = status is None and (isinstance(error, MemoryError) or "allocate" in said or "out of memory" in said)
-        lost = WORLD > 1 and isinstance(error, RuntimeError) and any(name in str(error) for name in ("gloo", "NCCL"))
-        if isinstance(status, int) or isinstance(error, RuntimeError) and not full and not lost:
-            raise
-        said = "out of memory: lower --batch-size or --size" if full else said
-        said = "another process has ended: repeat the command, it goes on from last.pt" if lost else said
-        if first_to_say():
-            print(f"{SCRIPT}.py: {said.removeprefix(f'{SCRIPT}.py: ')}", file=sys.stderr)
-        sys.exit(2)
+def read_image(file, white=65535):
+    """An image as RGB with 8 bits, upright, transparent pixels on white; `white` is the value of white in 16 bits."""
+    with explain_errors(f"{file} cannot be used as an image"), Image.open(file) as image:
+        extra = getattr(image, "tag_v2", {}).get(338, (1,))  # kinds of the extra bands of a TIFF: 1 and 2 are alpha
+        if (
+            image.mode in ("I", "F")
+            or extra[0] not in (1, 2)
+            or image.format != "MPO"
+            and getattr(image, "n_frames", 1) > 1
+        ):
+            raise ValueError("give 8-bit or 16-bit gray, or 8-bit RGB, of one page and without further bands")
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I;16"):
+            pixels = np.asarray(image).astype(np.uint32)
+            if pixels.max() > white:
+                raise ValueError(f"it has a pixel of {pixels.max()}, above --white {white}")
+            if pixels.max() < white / 8:
+                warnings.warn("a 16-bit image is almost black: is --white right?", stacklevel=2)  # said once
+            image = Image.fromarray(np.uint8(pixels * 255 // white))
+        if image.has_transparency_data:
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+        return image.convert("RGB")
+
+
+def cache_images(args, items, read, shape):
+    """read(item) for all items, tuples of files: uint8 (N, *shape), decoded once and kept in --data-root/cache."""
+    facts = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for files in items for file in files]
+    options = [vars(args).get(name) for name in FIXED]
+    key = hashlib.sha256(repr((facts, shape, options)).encode()).hexdigest()[:16]
+    path = args.data_root / "cache" / f"{METHOD}-{key}.npy"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{path}.lock"), ThreadPoolExecutor() as pool:
+        if not path.exists():
+            print(f"decoding {len(items)} images into {path}, {len(items) * math.prod(shape) >> 20} MiB")
+            pixels = np.lib.format.open_memmap(f"{path}.part", "w+", np.uint8, (len(items), *shape))
+            for i, image in enumerate(tqdm(pool.map(read, items), total=len(items), unit="image")):
+                pixels[i] = image
+            os.replace(f"{path}.part", path)
+    pixels = torch.from_numpy(np.load(path, mmap_mode="c"))
+    fits = "cuda" in args.device and pixels.nbytes < torch.cuda.mem_get_info(args.device)[0] // 4
+    return pixels.to(args.device) if fits else pixels
+
+
+def save_grid(path, images, titles):
+    """Write Pillow images of one size as one PNG, small ones enlarged, in columns under their titles."""
+    zoom = max(1, 128 // images[0].width)
+    cells = [
+        pil_to_tensor(image.convert("RGB")).repeat_interleave(zoom, 1).repeat_interleave(zoom, 2) for image in images
+    ]
+    sheet = ImageOps.expand(to_pil_image(make_grid(cells, len(titles), pad_value=255)), (0, 18, 0, 0), "white")
+    for i, title in enumerate(titles):
+        ImageDraw.Draw(sheet).text((4 + i * (cells[0].shape[2] + 2), 2), title, "black", font_size=14)
+    atomic_write(path, sheet.save)
+
+
+def main(argv=None):
+    """Train, or use what was trained."""
+    args = get_args(argv)
+    if WORLD > 1:
+        init_distributed(args)
+    return translate(args) if args.translate else train(args)
 
 
 if __name__ == "__main__":
     main()
-    for number in (signal.SIGINT, signal.SIGTERM):  # while Python ends, an exception would be printed and lost
-        signal.signal(number, signal.SIG_DFL)
