@@ -31,6 +31,7 @@ import re
 import shutil
 import signal
 import sys
+import tempfile
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -237,7 +238,7 @@ def train(args):
         decay = max(0, epoch - args.epochs + args.decay_epochs) / (args.decay_epochs + 1)
         for name in ("opt_G", "opt_D"):
             state[name].param_groups[0]["lr"].fill_(args.lr * (1 - decay))
-        torch.manual_seed(hash((args.seed, step)) + RANK)  # dropout depends on the step alone, so a run can resume
+        set_seed(args, step)  # of the dropout
         if run.report(step, epoch, update(x, y)):  # it is time to save
             save_grid(args, state["G"], tests[:4], names, step)
             run.save_checkpoint(step)
@@ -272,6 +273,20 @@ def streets(count, seed, size=64):
     return colour[ids].transpose(0, 3, 1, 2), photos.transpose(0, 3, 1, 2), ids
 
 
+def find_data(args):
+    """The folder that --data means; a named set is downloaded to --data-root on first use."""
+    if args.data not in SETS:
+        return Path(args.data)
+    folder, url = args.data_root / args.data, f"https://efrosgans.eecs.berkeley.edu/pix2pix/datasets/{args.data}.tar.gz"
+    with FileLock(f"{folder}.lock"), explain_errors(f"{url} cannot be downloaded: unpack it to {folder} yourself"):
+        if not folder.is_dir():
+            with tempfile.TemporaryDirectory(dir=args.data_root) as temp:
+                torch.hub.download_url_to_file(url, f"{temp}/archive.tar.gz")
+                shutil.unpack_archive(f"{temp}/archive.tar.gz", temp, filter="data")  # nothing outside of temp
+                os.rename(f"{temp}/{args.data}", folder)
+    return folder
+
+
 def load_pairs(args):
     """Pairs for training and for the test, uint8 (N, channels of x and y, H, W), and the names of the test pairs."""
     if args.data == "toy":
@@ -289,10 +304,14 @@ def load_pairs(args):
     train, test = splits["train"], splits["test"] or splits["val"]
     print(f"{args.data}: {len(train)} training pairs, {len(test) or 'they are also the'} test pairs, {args.direction}")
     test = test or dict(itertools.islice(train.items(), 16))
-    return cache_images(args, train, read_pair, args.load_size), cache_images(args, test, read_pair, args.size), [*test]
+    pairs = []
+    for split, size in ((train, args.load_size), (test, args.size)):
+        files, read = [(*pair.values(),) for pair in split.values()], functools.partial(read_pair, args, size)
+        pairs.append(cache_images(args, files, read, (sum(CHANNELS[args.source]), size, size)))
+    return *pairs, [*test]
 
 
-def read_pair(args, files, size):
+def read_pair(args, size, files):
     """A and B from two files, from the halves of one, or --from a photo: uint8 (channels of x and y, size, size)."""
     a, b = read_image(files[0]), read_image(files[-1])
     w, h = a.size
@@ -314,7 +333,8 @@ def to_lab(image):
 
 def to_xy(args, pixels):
     """uint8 (N, C, H, W) to x and y in [-1, 1] on the device; --from hole cuts the middle, half as wide, out of x."""
-    x, y = (pixels.to(args.device) / 127.5 - 1).tensor_split([CHANNELS[args.source][0]], 1)
+    pixels = pixels.pin_memory() if "cuda" in args.device and not pixels.is_cuda else pixels  # the host need not wait
+    x, y = (pixels.to(args.device, non_blocking=True) / 127.5 - 1).tensor_split([CHANNELS[args.source][0]], 1)
     if args.source == "hole":
         high, wide = x.shape[2] // 4, x.shape[3] // 4
         x[..., high:-high, wide:-wide] = 1
@@ -433,7 +453,7 @@ def check_args(args, may_be_zero):
 
 
 class Run:
-    """A run folder with one owner: it resumes and saves `state`, logs, and notes signals."""
+    """The run folder: resumes and saves `state`, logs, and stops on a signal. One process owns it at a time."""
 
     def __init__(self, args, state, images):
         """Resume from last.pt, if it is there, with the settings in FIXED unchanged. `images` make up an epoch."""
@@ -467,7 +487,8 @@ class Run:
         self.signal = number
 
     def resume(self, settings, step, images_seen, log_size, script=METHOD, **parts):
-        self.start_step, self.images_seen = step, images_seen
+        """Go on from a checkpoint, whose networks, optimizers and pools are `parts`; cut the log to it."""
+        self.start_step, self.images_seen = int(step), int(images_seen)
         for name, old in settings.items():
             new, option = self.settings.get(name), name.replace("_", "-").replace("source", "from")
             if old != new and name in FIXED:
@@ -502,6 +523,7 @@ class Run:
         return save and RANK == 0
 
     def save_checkpoint(self, step):
+        """Write last.pt."""
         checkpoint = {name: part.state_dict() for name, part in self.state.items()}
         checkpoint |= {"script": METHOD, "settings": self.settings, "step": step, "images_seen": self.images_seen}
         checkpoint["log_size"] = self.log.stat().st_size
@@ -509,6 +531,7 @@ class Run:
         self.last_save = self.bar.format_dict["elapsed"]
 
     def close(self):
+        """Leave the run folder, and the script if it got a signal."""
         self.bar.close()
         self.lock.release()
         for number, handler in self.handlers.items():
@@ -518,6 +541,12 @@ class Run:
         print(f"{self.args.out} is saved at step {self.bar.n} of {self.last_step}")
         if self.should_stop:
             sys.exit(128 + self.should_stop)
+
+
+def set_seed(args, step):
+    """Random numbers on the device depend on --seed and the step alone, so that a resumed run is the same run."""
+    generators = torch.cuda if "cuda" in args.device else torch  # torch would seed every backend, which takes longer
+    generators.manual_seed(hash((args.seed, step)) + RANK)
 
 
 def load_checkpoint(run):
@@ -533,13 +562,13 @@ def load_checkpoint(run):
 
 
 def init_distributed(args, state):
-    """Under torchrun, join the processes. Optimizers share gradients; all processes but the first are silent."""
+    """Under torchrun, join the processes: optimizers share gradients. Only the first one prints and writes to --out."""
     if WORLD > 1:
         dist.init_process_group()
-        state["opt_G"].register_step_pre_hook(average_gradients)
-        state["opt_D"].register_step_pre_hook(average_gradients)
+        for part in [part for name, part in state.items() if name.startswith("opt")]:
+            part.register_step_pre_hook(average_gradients)
     if RANK > 0:
-        args.out, sys.stdout = args.out / f"process-{RANK}", open(os.devnull, "w")
+        args.out, sys.stdout = Path(tempfile.mkdtemp()), open(os.devnull, "w")
 
 
 def average_gradients(optimizer, *_):
@@ -576,19 +605,6 @@ def capture(step, args):
     return replay
 
 
-def find_data(args):
-    """The folder that --data means; a named set is downloaded to --data-root on first use."""
-    folder, url = args.data_root / args.data, f"https://efrosgans.eecs.berkeley.edu/pix2pix/datasets/{args.data}.tar.gz"
-    if args.data not in SETS:
-        return Path(args.data)
-    with FileLock(f"{folder}.lock"), explain_errors(f"{url} cannot be downloaded: unpack it to {folder} yourself"):
-        if not folder.is_dir():
-            torch.hub.download_url_to_file(url, f"{folder}.tar.gz")
-            shutil.unpack_archive(f"{folder}.tar.gz", f"{folder}.part", filter="data")  # nothing outside of .part
-            os.rename(f"{folder}.part/{args.data}", folder)
-    return folder
-
-
 def find_images(folder):
     """[(split, folders, file)] of all images below `folder`; the split is train, val or test if a folder says so."""
     names = sorted(glob.glob("**/*.*", root_dir=folder, recursive=True))  # follows links, leaves out hidden files
@@ -606,7 +622,8 @@ def find_images(folder):
 def read_image(file):
     """An image as RGB with 8 bits, upright, transparent pixels on white."""
     with explain_errors(f"{file} cannot be used as an image"), Image.open(file) as image:
-        if image.mode not in MODES or getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
+        more_bands = 0 in getattr(image, "tag_v2", {}).get(338, ())  # of a TIFF, and not alpha
+        if image.mode not in MODES or more_bands or getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
             raise ValueError(f"mode {image.mode}; give 8 or 16 bits, gray or RGB, one page")
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I;16"):
@@ -618,18 +635,16 @@ def read_image(file):
         return image.convert("RGB")
 
 
-def cache_images(args, groups, read, size):
-    """read(args, files, size) for groups {name: files}, uint8 (N, C, size, size), kept in --data-root/cache."""
-    groups = [list(files.values()) for files in groups.values()]
-    facts = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for files in groups for file in files]
-    shape = (len(groups), sum(CHANNELS[args.source]), size, size)
-    key = hashlib.sha256(repr((facts, args.source, args.size, shape)).encode()).hexdigest()[:16]
+def cache_images(args, groups, read, shape):
+    """read(group) of all groups, tuples of files, as uint8 (N, *shape): done once and kept in --data-root/cache."""
+    facts = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for group in groups for file in group]
+    key = hashlib.sha256(repr((facts, shape, args.size, vars(args).get("source"))).encode()).hexdigest()[:16]
     path = args.data_root / "cache" / f"{METHOD}-{key}.npy"
     with FileLock(f"{path}.lock"), ThreadPoolExecutor() as pool:
         if not path.exists():
-            pixels = np.lib.format.open_memmap(f"{path}.part", "w+", np.uint8, shape)
-            images = pool.map(functools.partial(read, args, size=size), groups)
-            for i, image in enumerate(tqdm(images, f"{path}, {pixels.nbytes >> 20} MiB", len(groups))):
+            pixels = np.lib.format.open_memmap(f"{path}.part", "w+", np.uint8, (len(groups), *shape))
+            images = tqdm(pool.map(read, groups), f"decoding to {path}, {pixels.nbytes >> 20} MiB", len(groups))
+            for i, image in enumerate(images):
                 pixels[i] = image
             os.replace(f"{path}.part", path)
     pixels = torch.from_numpy(np.load(path, mmap_mode="c"))
