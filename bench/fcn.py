@@ -320,6 +320,8 @@ def count(scenes, read, look):
 def main(args):
     """The row of --samples: pixel accuracy, class accuracy and class IoU, and real_ ones of real images beside."""
     device, files = find_device(args.device), find_images(args.samples)
+    if args.data == "toy":  # numbers, with zeros before them or without
+        files = {name.zfill(3): file for name, file in files.items()}
     shape = one_size(files.values())[::-1]
     scenes, known = (find_scenes(args.data, args.data_root, split, shape[0]) for split in ("test", "train"))
     if more := sorted(files.keys() - set(scenes.names)):
