@@ -231,7 +231,7 @@ def train(args):
     state = build(args)
     init_distributed(args, state)
     pairs, tests, names = load_pairs(args)
-    run = Run(args, state, len(pairs))
+    run = Run(args, state, args.epochs * len(pairs))
     update, loader = capture(make_step(args, state), args), batches(args, pairs, run.images_seen)
     for step in range(run.start_step + 1, run.last_step + 1):
         epoch, x, y = next(loader)
@@ -297,11 +297,16 @@ def load_pairs(args):
     args.images = hashlib.sha256(repr(sizes).encode()).hexdigest()[:12]  # a run belongs to its images
     for split, folder, file in found:
         name, side = (f"{folder}/{file.stem}", "") if args.source else (file.stem, folder)
-        splits[split].setdefault(name, {})[side] = file
-    for pair in [pair for pairs in splits.values() for pair in pairs.values()]:
-        if set(pair) not in ({""}, {"A", "B"}):
-            fail(f"{[*pair.values()][0]} has no partner of the same name; {LAYOUTS}")
+        pair = splits[split].setdefault(name, {})
+        if side in pair:
+            fail(f"{file} and {pair[side]} have the same name")
+        pair[side] = file
+    pairs = [pair for split in splits.values() for pair in split.values()]
+    sides = {"A", "B"} if any("A" in pair or "B" in pair for pair in pairs) else {""}
+    alone = [str(file) for pair in pairs if set(pair) != sides for file in pair.values()]
     train, test = splits["train"], splits["test"] or splits["val"]
+    if alone or not train:
+        fail(f"{args.data}: {len(train)} training pairs; no partner for {', '.join(alone[:9])}; {LAYOUTS}")
     print(f"{args.data}: {len(train)} training pairs, {len(test) or 'they are also the'} test pairs, {args.direction}")
     test = test or dict(itertools.islice(train.items(), 16))
     pairs = []
@@ -393,18 +398,21 @@ def load_generator(run, device="cpu"):
 
 def translate(args):
     """Translate --translate, an image or a folder, of any size, with a trained G. Returns the folder of the results."""
-    G, to = load_generator(args.out, args.device), args.to or args.out / "translated"
+    G, to, errors = load_generator(args.out, args.device), args.to or args.out / "translated", []
     args.size, args.source, args.direction = G.settings.size, G.settings.source, "AtoB"
     found = find_images(args.translate) if args.translate.is_dir() else [("", "", args.translate)]
     if to.resolve() in [file.parent.resolve() for *_, file in found]:
         fail(f"--to {to} has the images themselves: choose another folder")
     for _, folder, file in found:
-        image = read_image(file)
-        image = to_lab(image) if args.source == "gray" else image
-        x, _ = to_xy(args, pil_to_tensor(image)[None])
+        try:
+            image = read_image(file)
+        except SystemExit as error:  # go on with the others
+            errors.append(str(error))
+            continue
+        x, _ = to_xy(args, pil_to_tensor(to_lab(image) if args.source == "gray" else image)[None])
         atomic_write(to / folder / f"{file.stem}.png", to_images(args, G, x)[1].save)
-    print(f"{len(found)} images are translated to {to}")
-    return to
+    print(f"{len(found) - len(errors)} images are translated to {to}")
+    return to if not errors else sys.exit("\n".join(errors))
 
 
 # -- the same in all six scripts -------------------------------------------------------------------------------------
@@ -456,7 +464,7 @@ class Run:
     """The run folder: resumes and saves `state`, logs, and stops on a signal. One process owns it at a time."""
 
     def __init__(self, args, state, images):
-        """Resume from last.pt, if it is there, with the settings in FIXED unchanged. `images` make up an epoch."""
+        """Resume from last.pt, if it is there, with the settings in FIXED unchanged. `images` are shown in all."""
         self.args, self.state, self.signal, self.last_save, self.should_stop = args, state, 0, 0, 0
         self.lock, self.log, last = FileLock(args.out / ".lock"), args.out / "log.jsonl", args.out / "last.pt"
         with explain_errors(f"{args.out} is in use by another process"):
@@ -464,6 +472,8 @@ class Run:
         for old in [last, *args.out.glob("samples/*.png")] if args.fresh else []:
             old.unlink(missing_ok=True)
         self.settings = {name: value for name, value in vars(args).items() if not isinstance(value, Path)}
+        self.settings["script"] = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
+        self.batch = args.batch_size * vars(args).get("k", 1)  # images in a step
         new = {"settings": {}, "step": 0, "images_seen": 0, "log_size": 0}
         saved = [load_checkpoint(args.out) if last.exists() else new]
         if args.init and not last.exists():
@@ -474,14 +484,15 @@ class Run:
         origin = last if last.exists() or not args.init else f"--init {args.init}"
         with explain_errors(f"{origin} does not fit, or is damaged; --fresh starts over"):
             self.resume(**saved[0])
-        goal = self.start_step + math.ceil((args.epochs * images - self.images_seen) / args.batch_size)
+        goal = self.start_step + math.ceil((images - self.images_seen) / self.batch)
         self.last_step = max(self.start_step, min(goal, args.max_steps or goal))
         (args.out / "config.json").write_text(json.dumps(self.settings | {"torch": torch.__version__}, indent=2))
         begin = "resuming" if self.start_step else "starting"
         print(f"{begin} {args.out} at step {self.start_step} of {self.last_step}, {args.device}, {args.precision}")
         numbers = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # as nohup sets it
         self.handlers = {number: signal.signal(number, self.on_signal) for number in numbers}
-        self.bar = tqdm(total=self.last_step, initial=self.start_step, unit="step", mininterval=2, file=sys.stdout)
+        bar = functools.partial(tqdm, unit="step", delay=1, mininterval=2, file=sys.stdout)
+        self.bar = bar(initial=self.start_step, total=self.last_step)
 
     def on_signal(self, number, frame):
         self.signal = number
@@ -509,17 +520,20 @@ class Run:
         args, number, elapsed = self.args, torch.tensor(self.signal), self.bar.format_dict["elapsed"]
         if WORLD > 1:  # all processes stop at the same step
             dist.all_reduce(number, dist.ReduceOp.MAX)
-        self.should_stop, self.images_seen = number.item(), self.images_seen + args.batch_size
+        self.should_stop, self.images_seen = number.item(), self.images_seen + self.batch
         due = step % args.save_every == 0 if args.save_every else elapsed - self.last_save > 600
         save = due or self.should_stop or step == self.last_step
-        if self.bar.update() or save:
+        shown = False
+        with contextlib.suppress(OSError):  # a terminal or pipe may be closed
+            shown = self.bar.update()
+        if shown or save:
             losses = {name: loss.item() for name, loss in losses.items()}  # waits for the device
             if not all(map(math.isfinite, losses.values())):
                 fail(f"a loss is not finite at step {step}: {losses}; last.pt is kept; try a lower --lr")
-            rate = (step - self.start_step) * args.batch_size / elapsed
+            rate = (step - self.start_step) * self.batch / elapsed
             with open(self.log, "a") as log:
                 log.write(json.dumps({"step": step, "epoch": epoch, **losses, "images_per_s": rate}) + "\n")
-            self.bar.set_postfix(losses, images_per_s=rate)
+            self.bar.set_postfix(losses, images_per_s=rate, refresh=False)
         return save and RANK == 0
 
     def save_checkpoint(self, step):
@@ -532,13 +546,14 @@ class Run:
 
     def close(self):
         """Leave the run folder, and the script if it got a signal."""
-        self.bar.close()
         self.lock.release()
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
         if WORLD > 1:
             dist.destroy_process_group()
-        print(f"{self.args.out} is saved at step {self.bar.n} of {self.last_step}")
+        with contextlib.suppress(OSError):
+            self.bar.close()
+            print(f"{self.args.out} is saved at step {self.bar.n} of {self.last_step}")
         if self.should_stop:
             sys.exit(128 + self.should_stop)
 
@@ -605,12 +620,16 @@ def capture(step, args):
     return replay
 
 
-def find_images(folder):
+def find_images(folder, others=()):
     """[(split, folders, file)] of all images below `folder`; the split is train, val or test if a folder says so."""
     names = sorted(glob.glob("**/*.*", root_dir=folder, recursive=True))  # follows links, leaves out hidden files
     runs = tuple(name.removesuffix("log.jsonl") for name in names if name.endswith("/log.jsonl"))
-    found = []
-    for name in [name for name in names if name.lower().endswith(IMAGES) and not name.startswith(runs)]:
+    names, found = [name for name in names if not name.startswith(runs or "/")], []
+    images = [name for name in names if name.lower().endswith(IMAGES)]
+    left_out = len([name for name in names if not name.lower().endswith((*IMAGES, *others))])
+    if left_out:
+        print(f"{folder}: {left_out} files with other endings are left out")
+    for name in images:
         *parts, _ = re.sub(r"\b(train|test|val)(id|idation)?[_-]?([AB]?)/", r"\1/\3/", name).split("/")
         splits = [part for part in parts if part in ("train", "val", "test")] or ["train"]
         if len({*splits}) > 1:
