@@ -596,10 +596,12 @@ def average_gradients(optimizer, *_):
 
 def capture(step, args):
     """On CUDA, `step` as one CUDA graph: the fourth call records it, later ones replay it and overwrite its losses."""
+    if "cuda" in args.device:
+        torch.set_float32_matmul_precision("high")  # TF32, which convolutions have anyway
+        torch.backends.cudnn.benchmark = True
     if "cuda" not in args.device or args.no_capture:
         return step
     graph, stream, calls, inputs, losses = torch.cuda.CUDAGraph(), torch.cuda.Stream(), itertools.count(), [], {}
-    torch.backends.cudnn.benchmark = True
 
     def replay(*batch):
         if next(calls) < 3:  # warm up
