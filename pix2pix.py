@@ -553,7 +553,7 @@ class Run:
             dist.destroy_process_group()
         with contextlib.suppress(OSError):
             self.bar.close()
-            print(f"{self.args.out} is saved at step {self.bar.n} of {self.last_step}")
+            print(f"{self.args.out} is saved at step {self.bar.n} of {self.last_step}; pictures are in its samples/")
         if self.should_stop:
             sys.exit(128 + self.should_stop)
 
