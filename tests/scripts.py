@@ -132,8 +132,8 @@ ROWS = [
         resume="--size 32 --load-size 36 --ngf 4 --ndf 4 --n-layers 1 --blocks 1 --batch-size 3 --pool 3"
         " --decay-epochs 2 --precision fp32 --device cpu",
         use=photos_to_translate,
-        changes=("--seed 1", "--blocks 2", "--loss log", "--terms cycle", "--lambda-x 1", "--pool 0", "--no-mirror"),
-        bad=("--size 34", "--size 64", "--n-layers 5", "--blocks 0", "--lambda-x nan", "--pool -1", "--terms identity"),
+        changes=("--seed 1", "--blocks 2", "--ngf 8", "--terms cycle", "--lambda-cycle 1", "--pool 0", "--no-mirror"),
+        bad=("--size 34", "--size 64", "--n-layers 5", "--blocks 0", "--lambda-cycle 0", "--pool -1", "--terms l1"),
         tests=200,
     ),
     Row(

@@ -47,23 +47,22 @@ def test_pool_odds():
     assert 930 < new < 1070  # 1000 +- 3 standard deviations
 
 
-@pytest.mark.parametrize("loss", ["lsgan", "log"])
-def test_gradients_by_hand(loss):
+def test_gradients_by_hand():
     """Both ways of G and F have, one after the other, the gradient of the whole of Eq. 3 with the identity loss."""
-    args = settings("--loss", loss, "--lambda-x", 3, "--lambda-y", 7, "--pool", 0, "--lr", 0)
+    args = settings("--lambda-cycle", 7, "--lambda-identity", 0.3, "--pool", 0, "--lr", 0)
     state, (x, y) = cyclegan.build(args), images(2, 2, 3, 32, 32).unbind()
     G, F, D_X, D_Y = (deepcopy(state[name]) for name in ("G", "F", "D_X", "D_Y"))
     losses = cyclegan.make_step(args, state)(x, y)
 
-    def real(logits):
-        return ((logits - 1) ** 2).mean() if loss == "lsgan" else -torch.sigmoid(logits).log().mean()
+    def real(out):
+        return ((out - 1) ** 2).mean()
 
-    def fake(logits):
-        return (logits**2).mean() if loss == "lsgan" else -(1 - torch.sigmoid(logits)).log().mean()
+    def fake(out):
+        return (out**2).mean()
 
-    cycle = 3 * (F(G(x)) - x).abs().mean() + 7 * (G(F(y)) - y).abs().mean()
-    same = 0.5 * 7 * (G(y) - y).abs().mean() + 0.5 * 3 * (F(x) - x).abs().mean()
-    total = real(D_Y(G(x))) + real(D_X(F(y))) + cycle + same
+    cycle = (F(G(x)) - x).abs().mean() + (G(F(y)) - y).abs().mean()
+    same = (G(y) - y).abs().mean() + (F(x) - x).abs().mean()
+    total = real(D_Y(G(x))) + real(D_X(F(y))) + 7 * (cycle + 0.3 * same)
     for net, by_hand in (("G", G), ("F", F)):
         expected = torch.autograd.grad(total, [*by_hand.parameters()], retain_graph=True)
         for weight, grad in zip(state[net].parameters(), expected):
@@ -98,8 +97,8 @@ def test_terms(terms, names):
 
 
 def test_toy_is_unpaired_but_for_the_tests():
-    for side, paired in zip(cyclegan.find_sides(settings()), (False, True)):
-        maps, photos = cyclegan.load_images(settings(), *side, 32)
+    *sides, _ = cyclegan.load_sides(settings())
+    for (maps, photos), paired in zip(sides, (False, True)):
         colour, seen, _ = cyclegan.streets(len(maps), int(paired), 32)
         assert torch.equal(maps, torch.from_numpy(colour)) and torch.equal(photos, torch.from_numpy(seen)) == paired
 
@@ -135,15 +134,15 @@ def test_layouts(files, expected, tmp_path, call):
         said = call(ROW, *TINY, "--data", "data", "--out", "run", "--max-steps", 1).said
         assert_refused(said, "give folders A and B")
     else:
-        args = settings("--data", "data")
-        sides = [cyclegan.load_images(args, *sides, 32) for sides in cyclegan.find_sides(args)]
-        assert [side.unique().tolist() for pair in sides for side in pair] == [[value] for value in expected]
+        train, test, names = cyclegan.load_sides(settings("--data", "data"))
+        assert [side.unique().tolist() for side in train + test] == [[value] for value in expected]
+        assert [len(side) for side in names] == [1, 1]
 
 
 def test_small_image(tmp_path, call):
     save_flat(tmp_path / "data", {"trainA/1.png": [1], "trainB/2.png": [2]})
     Image.new("RGB", (31, 40)).save(tmp_path / "data" / "trainB" / "small.png")
-    assert_refused(call(ROW, *TINY, "--data", "data").said, "small.png is too small: give at most --size 28")
+    assert_refused(call(ROW, *TINY, "--data", "data").said, "small.png has 31x40 pixels, which is below --size 32")
 
 
 def test_download(tmp_path, monkeypatch):
@@ -152,7 +151,7 @@ def test_download(tmp_path, monkeypatch):
     made = shutil.make_archive(tmp_path / "maps", "zip", tmp_path / "site", "maps")
     monkeypatch.setattr(torch.hub, "download_url_to_file", lambda url, file: shutil.copy(made, file))
     args = settings("--data", "maps", "--data-root", tmp_path / "root")
-    assert [[*side] for side in cyclegan.find_sides(args)[0]] == [["trainA/1.png"], ["trainB/2.png"]]
+    assert cyclegan.load_sides(args)[2] == [["1"], ["2"]]
 
 
 def test_y_is_drawn_and_x_goes_round():
