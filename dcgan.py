@@ -7,25 +7,20 @@
 Radford, Metz, Chintala: Unsupervised Representation Learning with Deep Convolutional Generative Adversarial Networks.
 ICLR 2016, arXiv:1511.06434. The rules (Sec. 3): strided convolutions instead of pooling; batch norm, but not in G's
 output and D's input; no hidden fully connected layers; ReLU and tanh in G; LeakyReLU in D. The loss is that of GAN;
-what came later changes a line or two: LSGAN (1611.04076), WGAN (1701.07875), WGAN-GP (1704.00028).
+--loss has later ones: LSGAN (1611.04076), WGAN (1701.07875), WGAN-GP (1704.00028).
 
     python dcgan.py                                        # train on toy digits, drawn here: minutes on a CPU
     python dcgan.py --data my/photos                       # your own images; stop it, repeat this to resume
-    python dcgan.py --data my/photos --sample 100          # images of the trained G, and a sheet with their numbers
-    python dcgan.py --data my/photos --arithmetic "3,7,12 - 5,8,9 + 1,2,4"    # with the numbers on that sheet
+    python dcgan.py --data my/photos --sample 100 --arithmetic "3,7,12 - 5,8,9 + 1,2,4"    # use what was trained
 
 Departures: one pass over G(z) serves both losses, then both networks step (the authors' Torch code steps D first).
 No weight decay (their Theano code has 1e-5). G draws with the running averages of batch norm, so that an image
-depends on its z alone. WGAN trains its critic 5 times for each update of G from the start; the 100 times of its
-authors' code, for the first 25 updates and each 500th, are left out. The networks run in bfloat16 where the device
-has units for it.
+depends on its z alone. WGAN always has 5 updates of D for one of G (its authors' code: at times 100).
 """
 
 import argparse
-import atexit
 import contextlib
 import copy
-import difflib
 import functools
 import glob
 import hashlib
@@ -35,11 +30,9 @@ import json
 import math
 import os
 import re
-import shutil
 import signal
 import sys
 import tempfile
-import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -59,77 +52,68 @@ from tqdm import tqdm
 METHOD, SCRIPT = "dcgan", Path(__file__).stem
 SETS = {  # the named sets, and which defaults each changes
     "toy": dict(size=28, channels=1, ngf=24, ndf=24, epochs=30, batch_size=64, save_every=600),
-    "mnist": dict(size=28, channels=1),
-    "fashion-mnist": dict(size=28, channels=1),
-    "cifar10": dict(size=32),
-    "svhn": dict(size=32),
+    **dict.fromkeys(("mnist", "fashion-mnist"), dict(size=28, channels=1)),
+    **dict.fromkeys(("cifar10", "svhn"), dict(size=32)),
     "celeba": dict(),
     "lsun": dict(epochs=5),
 }
-READERS = {  # torchvision's class for each, how to call it, and the package that it needs
-    "mnist": ("MNIST", {"download": True}, None),
-    "fashion-mnist": ("FashionMNIST", {"download": True}, None),
-    "cifar10": ("CIFAR10", {"download": True}, None),
-    "svhn": ("SVHN", {"download": True}, "scipy"),
-    "celeba": ("CelebA", {"download": True}, "gdown"),
-    "lsun": ("LSUN", {"classes": ["bedroom_train"]}, "lmdb"),
+READERS = {  # torchvision's class for each, the package that it needs, and a file that it reads
+    "mnist": (datasets.MNIST, None, "MNIST/raw/train-images-idx3-ubyte"),
+    "fashion-mnist": (datasets.FashionMNIST, None, "FashionMNIST/raw/train-images-idx3-ubyte"),
+    "cifar10": (datasets.CIFAR10, None, "cifar-10-batches-py/data_batch_1"),
+    "svhn": (datasets.SVHN, "scipy", "train_32x32.mat"),
+    "celeba": (datasets.CelebA, "gdown", "celeba/list_eval_partition.txt"),
+    "lsun": (datasets.LSUN, "lmdb", "bedroom_train_lmdb/data.mdb"),
 }
-FIXED = "size channels kernel nz ngf ndf loss k white seed".split() + ["other images"]
-LOSSES = {"ns": 2e-4, "minimax": 2e-4, "lsgan": 2e-4, "wgan": 5e-5, "wgan-gp": 1e-4}  # and their learning rates
-TERM = r" *\d{1,5}( *, *\d{1,5})* *"  # numbers of samples
+CRITICS = {"wgan": dict(k=5, lr=5e-5), "wgan-gp": dict(k=5, lr=1e-4)}  # losses, and which defaults each changes
+FIXED = "size channels kernel nz ngf ndf loss k seed images".split()
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
-SPLITS = {"train": "train", "test": "test", "val": "val", "valid": "val", "validation": "val"}  # names of folders
+MODES = "1 L LA P PA RGB RGBA CMYK I;16 I;16B".split()  # the Pillow images that 8 bits of red, green and blue can show
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
 
 
 def get_args(argv=None):
-    """Options from `argv` or the command line. The defaults are the paper's, or those of the named set."""
+    """Options from `argv` or the command line. The defaults are the paper's, or those of the named set and the loss."""
     parser = argparse.ArgumentParser(usage="%(prog)s [options]", description=__doc__.partition("\n")[0])
-    parser.formatter_class = functools.partial(argparse.HelpFormatter, max_help_position=26, width=120)
-    add = parser.add_argument_group("data").add_argument
-    needs = ", ".join(f"{name} needs {package}" for name, (_, _, package) in READERS.items() if package)
-    add("--data", default="toy", help=f"a folder of images, or one of {', '.join(SETS)} (%(default)s); {needs}")
-    add("--data-root", type=Path, default="data", help="folder for downloads and decoded images (%(default)s)")
-    add("--size", type=int, choices=(28, 32, 64, 128), default=64, help="pixels a side (%(default)s)")
-    add("--channels", type=int, choices=(1, 3), default=3, help="1 gray, 3 colour (%(default)s)")
-    add("--white", type=int, default=65535, help="value of white in 16-bit images (%(default)s)")
-    add = parser.add_argument_group("method").add_argument
-    add("--loss", choices=LOSSES, default="ns", help="ns: the paper's, non-saturating (%(default)s)")
-    add("--k", type=int, help="updates of D for one of G (1; wgan, wgan-gp 5); an epoch is then k passes")
-    add("--kernel", type=int, choices=(4, 5), default=5, help="5 as in the paper, 4 as in the Torch code (%(default)s)")
-    add("--nz", type=int, default=100, help="numbers in z (%(default)s)")
-    add("--ngf", type=int, default=128, help="channels of G's last hidden layer; Torch code 64 (%(default)s)")
-    add("--ndf", type=int, default=128, help="channels of D's first layer; Torch code 64 (%(default)s)")
-    add = parser.add_argument_group("training").add_argument
-    add("--epochs", type=int, default=25, help="passes over the images (%(default)s)")
-    add("--batch-size", type=int, default=128, help="images in an update of D, over all processes (%(default)s)")
-    add("--lr", type=float, help="learning rate (Adam 2e-4; wgan, by RMSprop, 5e-5; wgan-gp, by Adam, 1e-4)")
-    add("--seed", type=int, default=0, help="of weights, data order and z (%(default)s)")
-    add("--out", type=Path, help=f"run folder (runs/{SCRIPT}-DATA)")
+    parser.formatter_class = functools.partial(argparse.ArgumentDefaultsHelpFormatter, width=120)
+    add = parser.add_argument
+    needs = "; ".join(f"{name} needs {package}" for name, (_, package, _) in READERS.items() if package)
+    add("--data", default="toy", help=f"a folder of images, or one of {', '.join(SETS)}")
+    add("--data-root", type=Path, default="data", help=f"for downloads; {needs}")
+    add("--size", type=int, choices=(28, 32, 64, 128), default=64, help="pixels a side")
+    add("--channels", type=int, choices=(1, 3), default=3, help="1 gray, 3 colour")
+    add("--loss", choices=("ns", "minimax", "lsgan", *CRITICS), default="ns", help="ns: the paper's, non-saturating")
+    add("--k", type=int, default=1, help="updates of D for one of G; 5 with wgan, wgan-gp")
+    add("--kernel", type=int, choices=(4, 5), default=5, help="5: the paper, 4: the Torch code")
+    add("--nz", type=int, default=100, help="numbers in z")
+    add("--ngf", type=int, default=128, help="channels of G's last hidden layer; Torch code: 64")
+    add("--ndf", type=int, default=128, help="channels of D's first layer; Torch code: 64")
+    add("--epochs", type=int, default=25, help="passes of D over the images")
+    add("--batch-size", type=int, default=128, help="images in an update of D, over all processes")
+    add("--lr", type=float, default=2e-4, help="learning rate of Adam; wgan: 5e-5 of RMSprop, wgan-gp: 1e-4")
+    add("--seed", type=int, default=0, help="of weights, order and z")
+    add("--out", type=Path, help=f"run folder; None: runs/{SCRIPT}-DATA")
     add("--init", type=Path, metavar="RUN", help="start from the weights of another run (fine-tuning)")
     add("--max-steps", type=int, help="stop after this many updates in all")
-    add("--save-every", type=int, help="updates between checkpoints (ten minutes)")
-    add("--fresh", action="store_true", help="delete checkpoint, log and samples of the run folder, and start over")
-    add("--device", help="cpu, cuda, cuda:1, mps, ... (the accelerator, if there is one)")
+    add("--save-every", type=int, help="updates between checkpoints; None: ten minutes")
+    add("--fresh", action="store_true", help="delete checkpoint, log and samples")
+    add("--device", help="cpu, cuda, cuda:1, mps, ...; None: the accelerator, if there is one")
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 where the device has it")
     add("--no-capture", action="store_true", help="on CUDA: no CUDA graph")
-    add = parser.add_argument_group("use").add_argument
-    add("--sample", type=int, metavar="N", help="make N images with the trained G, a sheet with their numbers, a walk")
-    add("--arithmetic", metavar="SUM", help="means of samples by number, '3,7,12 - 5,8,9 + 1,2,4' (Fig. 7)")
+    add("--sample", type=int, metavar="N", help="make N images, a sheet with their numbers, a walk")
+    add("--arithmetic", metavar="SUM", help="of means of samples by number, '3,7,12 - 5,8,9 + 1,2,4' (Fig. 7)")
     add("--turn", metavar="SUM", help="from one mean to another, '1,2,3,4 - 5,6,7,8' (Fig. 8)")
-    add("--to", type=Path, help="folder for the images (OUT/sampled); the sheet and other figures lie beside it")
-    data = parser.parse_known_args(argv)[0].data
-    data = f"./{data}" if data in SETS and Path(data).is_dir() else data  # a folder that is there comes first
-    parser.set_defaults(**SETS.get(data, {}))
+    add("--to", type=Path, help="folder for samples, with figures beside it; None: OUT/sampled")
+    given = parser.parse_known_args(argv)[0]
+    data = f"./{given.data}" if given.data in SETS and Path(given.data).is_dir() else given.data  # a folder comes first
+    parser.set_defaults(**SETS.get(data, {}), **CRITICS.get(given.loss, {}))
     args = parser.parse_args(argv)
-    args.data = data
-    args.k = (5 if "wgan" in args.loss else 1) if args.k is None else args.k
-    args.lr = LOSSES[args.loss] if args.lr is None else args.lr
+    args.data, args.images = data, data
     check_args(args, may_be_zero=("lr", "seed"))
-    for option, given in (("--arithmetic", args.arithmetic), ("--turn", args.turn)):
-        if given and not re.fullmatch(f"{TERM}([-+]{TERM})*", given):
-            fail(f"{option} {given}: give a sum of sample numbers, like '3,7,12 - 5,8,9 + 1,2,4'")
+    for terms in (args.arithmetic, args.turn):
+        if terms and not re.fullmatch(r" *\d{1,5}( *[-+,] *\d{1,5})* *", terms):
+            fail(f"{terms}: give a sum of sample numbers, like '3,7,12 - 5,8,9 + 1,2,4'")
     return args
 
 
@@ -227,10 +211,7 @@ def build(args):
 
 
 def make_step(args, state):
-    """Returns `step(x)`: k updates of D and one of G, on images x (k * N, C, size, size) in [-1, 1].
-
-    It returns its losses as 0-d tensors and reads nothing back from the device, so a CUDA graph can record it.
-    """
+    """Returns `step(x)`: k updates of D, one of G, on x (k * N, C, size, size) in [-1, 1]. It returns 0-d losses."""
     G, D, opt_G, opt_D = state["G"], state["D"], state["opt_G"], state["opt_D"]
 
     def step(x):
@@ -251,34 +232,31 @@ def make_step(args, state):
                 opt_G.step()
             opt_D.step()
             if args.loss == "wgan":
-                with torch.no_grad():
-                    torch._foreach_clamp_min_(list(D.parameters()), -0.01)
-                    torch._foreach_clamp_max_(list(D.parameters()), 0.01)
+                for weight in D.parameters():
+                    weight.data.clamp_(-0.01, 0.01)
         return {"loss_D": loss_D.detach(), "loss_G": loss_G.detach()}
 
     return step
 
 
 def train(args):
-    """Train for --epochs, resume if last.pt is there, then draw a walk between codes. Returns the run folder."""
-    (files, data), state = find_files(args), build(args)
-    with Run(args, state, files) as run:
-        images, update = load_images(args, files, data), capture(make_step(args, state), args)
-        loader = batches(args, images, run.images_seen)
-        for step in range(run.start_step + 1, run.last_step + 1):
-            epoch, x = next(loader)
-            set_seed(args, step)  # of z
-            losses = update(x)
-            if run.report(step, epoch, losses):  # it is time to save
-                save_sheet(args.out / "samples" / f"{step:07}.png", draw(args, state["G"], codes(args, args.seed, 100)))
-                run.save_checkpoint(step)
-            if run.should_stop:
-                break
-        del update  # NCCL waits for the end of a CUDA graph before it lets the process group go
-    grid = args.out / "samples" / f"{run.last_step:07}-walk.png"
-    if not grid.exists():
-        save_walk(args, state["G"], grid)
-    print(f"{args.out}: {run.last_step} of {run.all_steps} steps are done; {grid} shows lines between codes")
+    """Train for --epochs, from last.pt if it is there. Returns the run folder."""
+    state = build(args)
+    init_distributed(args, state)
+    images = load_images(args)
+    run = Run(args, state, args.epochs * len(images))
+    update, loader = capture(make_step(args, state), args), batches(args, images, run.images_seen)
+    for step in range(run.start_step + 1, run.last_step + 1):
+        epoch, x = next(loader)
+        set_seed(args, step)  # of z
+        if run.report(step, epoch, update(x)):  # it is time to save
+            fakes = draw(args, state["G"], codes(args, args.seed, 100))
+            save_grid(args.out / "samples" / f"{step:07}.png", fakes, nrow=10, numbered=True)
+            run.save_checkpoint(step)
+        if run.should_stop:
+            break
+    del update  # NCCL waits for the end of a CUDA graph before it lets the process group go
+    run.close()
     return args.out
 
 
@@ -304,64 +282,48 @@ def digits(count, seed, size=28):
     return torch.from_numpy(pixels.clip(0, 255).astype(np.uint8)), torch.from_numpy(labels)
 
 
-def find_files(args):
-    """The training images, {name: its files}, and torchvision's data set if it reads them."""
-    if args.data == "toy":
-        return {f"{i:05}": () for i in range(10000)}, None
-    if args.data not in SETS:
-        found = find_images(Path(args.data))
-        files = {file.relative_to(args.data).as_posix(): (file,) for split, _, file in found if split == "train"}
-        print(f"{args.data}: {len(files)} train, {len(found) - len(files)} other images; their middle squares are used")
-        return files or fail(f"{args.data} has no training images"), None
-    kind, options, package = READERS[args.data]
-    if package and not importlib.util.find_spec(package):
-        fail(f"--data {args.data} needs one more package: pip install {package}")
-    args.data_root.mkdir(parents=True, exist_ok=True)
-    missing = f"--data {args.data} cannot be downloaded: put it into {args.data_root} yourself"
-    with FileLock(args.data_root / f"{args.data}.lock"), explain_errors(missing):
-        data = getattr(datasets, kind)(args.data_root, **options)
-    if args.data == "celeba":
-        folder = args.data_root / "celeba" / "img_align_celeba"
-        return {name: (folder / name,) for name in data.filename}, None
-    if args.data == "lsun":
-        database = args.data_root / "bedroom_train_lmdb" / "data.mdb"
-        return {f"{i:07}": {database: i} for i in range(len(data))}, data
-    return {f"{args.data}/{i:05}": () for i in range(len(data))}, data
-
-
-def load_images(args, files, data):
-    """The middle squares of the images that find_files found, uint8 (N, channels, size, size)."""
-
-    def to_pixels(image):
-        image = image.convert("L" if args.channels == 1 else "RGB")
-        return pil_to_tensor(ImageOps.fit(image, (args.size, args.size)))
-
-    def read(group):
-        if args.data == "lsun":
-            return to_pixels(data[list(group.values())[0]][0])
-        image = read_image(group[0], args.white)
-        return to_pixels(image.crop((30, 40, 168, 178)) if args.data == "celeba" else image)  # the face (Torch code)
-
+def load_images(args):
+    """The training images, uint8 (N, channels, size, size); of larger ones the middle square."""
     if args.data == "toy":
         return digits(10000, 0, args.size)[0].expand(-1, args.channels, -1, -1).to(args.device)
-    if data and args.data != "lsun":
-        return torch.stack([to_pixels(image) for image, _ in data]).to(args.device)
-    return cache_images(args, list(files.values()), read, (args.channels, args.size, args.size))
+    if args.data in SETS:
+        reader, package, file = READERS[args.data]
+        if package and not importlib.util.find_spec(package):
+            fail(f"--data {args.data} needs one more package: pip install {package}")
+        options = {"classes": ["bedroom_train"]} if args.data == "lsun" else {"download": True}
+        sentence = f"--data {args.data} cannot be downloaded: put it into {args.data_root} yourself"
+        with FileLock(args.data_root / f"{args.data}.lock"), explain_errors(sentence):
+            data = reader(args.data_root, **options)
+        groups = [{args.data_root / file: i} for i in range(len(data))]  # cache_images looks at the file only
+    else:
+        found = find_images(args.data)
+        groups = [{file: None} for split, _, file in found if split == "train"]
+        sizes = [(file.name, file.stat().st_size) for group in groups for file in group]
+        args.images = hashlib.sha256(repr(sizes).encode()).hexdigest()[:12]  # a run belongs to its images
+        print(f"{args.data}: {len(groups)} training images, {len(found) - len(groups)} others; middle squares are used")
+        if not groups:
+            fail(f"{args.data} has no training images")
+
+    def read(group):
+        ((file, i),) = group.items()
+        image = data[i][0] if args.data in SETS else read_image(file)
+        image = image.crop((30, 40, 168, 178)) if args.data == "celeba" else image  # the face (Torch code)
+        return pil_to_tensor(ImageOps.fit(image.convert("L" if args.channels == 1 else "RGB"), (args.size, args.size)))
+
+    return cache_images(args, groups, read, (args.channels, args.size, args.size))
 
 
 def batches(args, images, images_seen):
-    """Yields epoch and x (k * B, C, size, size) in [-1, 1], without end: here goes a data loader of your own."""
+    """Yields epoch and x (k * B, C, size, size) in [-1, 1]. Put your own loader here."""
 
-    def order(number):  # of a pass over the images; it stays on the device, so that the host need not wait
-        return torch.from_numpy(np.random.default_rng([args.seed, number]).permutation(len(images))).to(images.device)
+    def order(epoch):  # it stays on the device, so that the host need not wait
+        return torch.from_numpy(np.random.default_rng([args.seed, epoch]).permutation(len(images))).to(images.device)
 
-    size = args.k * args.batch_size
-    number, start = divmod(images_seen * args.k, len(images))
-    queue = order(number)[start:]
-    for first in itertools.count(images_seen, args.batch_size):
-        while len(queue) < size:  # a batch may reach into the next passes
-            number += 1
-            queue = torch.cat([queue, order(number)])
+    orders, size = map(order, itertools.count(images_seen // len(images))), args.k * args.batch_size
+    queue = next(orders)[images_seen % len(images) :]
+    for first in itertools.count(images_seen, size):
+        while len(queue) < size:  # a batch may reach into the next epochs
+            queue = torch.cat([queue, next(orders)])
         pixels, queue = images[queue[RANK:size:WORLD]], queue[size:]
         pixels = pixels.pin_memory() if "cuda" in args.device and not pixels.is_cuda else pixels
         yield first // len(images) + 1, pixels.to(args.device, non_blocking=True) / 127.5 - 1
@@ -383,55 +345,35 @@ def means(args, seed, terms):
 
 @torch.no_grad()
 def draw(args, G, z):
-    """The images G(z) as Pillow images, with running averages: each depends on nothing but its z."""
+    """The images G(z), uint8 (N, C, size, size), with running averages: each depends on nothing but its z."""
     G = copy.deepcopy(G).eval()
     with torch.autocast(z.device.type, torch.bfloat16, args.precision == "bf16"):
         x = torch.cat([G(part).float() for part in z.split(500)])
-    return [to_pil_image(image) for image in (x * 127.5 + 127.5).round().byte().cpu()]
+    return (x * 127.5 + 127.5).round().byte().cpu()
 
 
-def save_sheet(path, images):
-    """Write images, ten in a row, each below its number."""
-    cells, width = [], images[0].width * max(1, 128 // images[0].width)
-    for i, image in enumerate(images):
-        cell = ImageOps.expand(image.resize((width, width), Image.Resampling.NEAREST), (0, 14, 0, 0), "white")
-        ImageDraw.Draw(cell).text((2, 1), str(i), "black")
-        cells.append(cell)
-    save_grid(path, cells, [""] * 10)
+def draw_lines(args, G, start, end):
+    """The images of nine codes on each straight line from `start` to `end` (N, nz), one line after the other."""
+    way = torch.linspace(0, 1, 9, device=args.device)[:, None]
+    return draw(args, G, torch.lerp(start[:, None], end[:, None], way).flatten(0, 1))
 
 
-def save_walk(args, G, path):
-    """Draw straight lines between 9 codes, one a row, ten images each (Fig. 4)."""
-    z, way = codes(args, args.seed, 9), torch.linspace(0, 1, 10, device=args.device)[:, None]
-    walk = torch.lerp(z[:-1, None], z[1:, None], way).flatten(0, 1)  # (80, nz)
-    save_grid(path, draw(args, G, walk), ["G(z)", *[""] * 8, "G(z')"])
-
-
-def save_arithmetic(args, G, path):
-    """Draw the mean codes of --arithmetic in rows, then their sum with eight neighbours around it (Fig. 7)."""
-    z, signs = means(args, args.seed, args.arithmetic)
-    noise = codes(args, [args.seed, 1], 9) * 0.25
-    noise[4] = 0
-    terms, sums = draw(args, G, z), draw(args, G, (signs * z).sum(0) + noise)
-    blank = Image.new(terms[0].mode, terms[0].size, "white")
-    save_grid(path, terms + [blank] * (-len(terms) % 3) + sums, ["terms, then", "their sum", "and neighbours"])
-
-
-def save_turn(args, G, path):
-    """Move eight other codes along the axis of --turn, from -1 to 1 times (Fig. 8)."""
-    z, signs = means(args, args.seed, args.turn)
-    way = torch.linspace(-1, 1, 9, device=args.device)[:, None] * (signs * z).sum(0)
-    images = draw(args, G, (codes(args, [args.seed, 2], 8)[:, None] + way).flatten(0, 1))
-    save_grid(path, images, [f"{i / 4:+g}" for i in range(-4, 5)])
+def save_grid(path, images, nrow, numbered=False):
+    """Write images, uint8 (N, C, size, size), as one PNG, `nrow` in a row; if `numbered`, each below its number."""
+    gap = 12 if numbered else 2
+    grid, cell = to_pil_image(make_grid(images, nrow, gap, pad_value=255)), images.shape[3] + gap
+    for i in range(len(images) if numbered else 0):
+        ImageDraw.Draw(grid).text((gap + i % nrow * cell, i // nrow * cell), str(i), "black")
+    atomic_write(path, grid.save)
 
 
 def load_generator(run, device="cpu"):
     """G of a run folder, z (N, nz) in [-1, 1] to images (N, channels, size, size) in [-1, 1]; with running averages."""
     checkpoint = load_checkpoint(run)
-    with explain_errors(f"{run}/last.pt is damaged"), torch.device("meta"):  # the weights are those of the file
+    with explain_errors(f"{run}/last.pt is damaged"):
         settings = argparse.Namespace(**checkpoint["settings"])
         G = Generator(settings.size, settings.channels, settings.kernel, settings.nz, settings.ngf)
-        G.load_state_dict(checkpoint["G"], assign=True)
+        G.load_state_dict(checkpoint["G"])
     G.settings = settings
     return G.to(device).eval()
 
@@ -441,15 +383,21 @@ def sample(args):
     G, to = load_generator(args.out, args.device), args.to or args.out / "sampled"
     args.nz = G.settings.nz
     if args.sample:
-        images = draw(args, G, codes(args, args.seed, args.sample))
+        images, z = draw(args, G, codes(args, args.seed, args.sample)), codes(args, args.seed, 9)
         for i, image in enumerate(images):
-            atomic_write(to / f"{i:05}.png", image.save)
-        save_sheet(to.with_name(f"{to.name}-sheet.png"), images[:100])
-        save_walk(args, G, to.with_name(f"{to.name}-walk.png"))
-    if args.arithmetic:
-        save_arithmetic(args, G, to.with_name(f"{to.name}-arithmetic.png"))
-    if args.turn:
-        save_turn(args, G, to.with_name(f"{to.name}-turn.png"))
+            atomic_write(to / f"{i:05}.png", to_pil_image(image).save)
+        save_grid(to.with_name(f"{to.name}-sheet.png"), images[:100], nrow=10, numbered=True)
+        save_grid(to.with_name(f"{to.name}-walk.png"), draw_lines(args, G, z[:-1], z[1:]), nrow=9)  # Fig. 4
+    if args.arithmetic:  # the sum among eight neighbours, then its terms (Fig. 7)
+        z, signs = means(args, args.seed, args.arithmetic)
+        noise = codes(args, [args.seed, 1], 9) * 0.25
+        noise[4] = 0
+        images = draw(args, G, torch.cat([(signs * z).sum(0) + noise, z]))
+        save_grid(to.with_name(f"{to.name}-arithmetic.png"), images, nrow=3)
+    if args.turn:  # eight other codes, moved along the axis from -1 to 1 times (Fig. 8)
+        z, signs = means(args, args.seed, args.turn)
+        others, axis = codes(args, [args.seed, 2], 8), (signs * z).sum(0)
+        save_grid(to.with_name(f"{to.name}-turn.png"), draw_lines(args, G, others - axis, others + axis), nrow=9)
     print(f"the images are in {to}, and {to.name}-*.png beside it")
     return to
 
@@ -458,7 +406,7 @@ def sample(args):
 
 
 def fail(sentence):
-    """End the script with one sentence that says what to mend, and exit status 1."""
+    """End the script with one sentence that says what to mend."""
     raise SystemExit(f"{SCRIPT}: {sentence}")
 
 
@@ -468,8 +416,8 @@ def explain_errors(sentence):
     try:
         yield
     except Exception as error:
-        cause = str(error).partition("\n")[0].partition(". ")[0] or type(error).__name__
-        fail(f"{sentence} ({cause})")
+        cause = str(error).partition("\n")[0].partition(". ")[0]
+        fail(f"{sentence} ({cause or type(error).__name__})")
 
 
 def atomic_write(path, write):
@@ -483,138 +431,131 @@ def atomic_write(path, write):
 def check_args(args, may_be_zero):
     """Check --data and the numbers; choose the run folder, the device and the precision."""
     if args.data not in SETS and not Path(args.data).is_dir():
-        near = difflib.get_close_matches(args.data, SETS) or SETS
-        fail(f"--data {args.data} is not a folder; did you mean {' or '.join(near)}?")
+        fail(f"--data {args.data} is neither a folder nor one of {', '.join(SETS)}")
     for name, value in vars(args).items():
         if type(value) in (int, float) and not (0 < value < math.inf or value == 0 and name in may_be_zero):
             fail(f"--{name.replace('_', '-')} {value}: give a number above 0")
     args.out = args.out or Path("runs", f"{SCRIPT}-{Path(args.data).resolve().name}")
     args.batch_size += -args.batch_size % WORLD  # an equal share for each process of torchrun
-    if WORLD > 1 and torch.accelerator.is_available():
-        torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
     device = args.device or torch.accelerator.current_accelerator(check_available=True) or "cpu"
-    with explain_errors(f"--device {device} is not on this machine: leave it out to use what is there"):
+    with explain_errors(f"--device {device} is not on this machine"):
+        if WORLD > 1 and str(device) != "cpu":
+            torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
         args.device = str(torch.empty(1, device=device).device)
     units = torch.cpu.get_capabilities() if args.device == "cpu" else {"cuda": torch.cuda.is_bf16_supported(False)}
     if args.precision == "auto":
-        args.precision = "bf16" if any(units.get(name) for name in ("avx512_bf16", "amx_bf16", "cuda")) else "fp32"
+        args.precision = "bf16" if any(map(units.get, ("avx512_bf16", "amx_bf16", "cuda"))) else "fp32"
 
 
 class Run:
-    """The run folder: resumes `state` if last.pt is there; logs and saves. Settings in FIXED stay as they were."""
+    """The run folder: resumes and saves `state`, logs, and stops on a signal. One process owns it at a time."""
 
-    def __init__(self, args, state, files):
-        self.args, self.state, self.start_step, self.images_seen, self.signal = args, state, 0, 0, 0
-        sizes = [(name, [file.stat().st_size for file in group]) for name, group in files.items()]
+    def __init__(self, args, state, images):
+        """Resume from last.pt, if it is there, with the settings in FIXED unchanged. `images` are shown in all."""
+        self.args, self.state, self.signal, self.last_save, self.should_stop = args, state, 0, 0, 0
+        self.lock, self.log, last = FileLock(args.out / ".lock"), args.out / "log.jsonl", args.out / "last.pt"
+        with explain_errors(f"{args.out} is in use by another process"):
+            self.lock.acquire(timeout=0)
+        for old in [last, *args.out.glob("samples/*.png")] if args.fresh else []:
+            old.unlink(missing_ok=True)
         self.settings = {name: value for name, value in vars(args).items() if not isinstance(value, Path)}
-        self.settings["other images"] = hashlib.sha256(repr(sizes).encode()).hexdigest()[:12]
         self.settings["script"] = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
-        saved = load_checkpoint(args.out) if (args.out / "last.pt").exists() and not args.fresh else None
-        if WORLD > 1:
-            saved = share_checkpoint(state, saved)
-        if saved:
-            self.resume(saved)
-        elif args.init:
+        self.batch = args.batch_size * vars(args).get("k", 1)  # images in a step
+        new = {"settings": {}, "step": 0, "images_seen": 0, "log_size": 0}
+        saved = [load_checkpoint(args.out) if last.exists() else new]
+        if args.init and not last.exists():
             weights = load_checkpoint(args.init)
-            with explain_errors(f"--init {args.init} has other networks"):
-                for name in [name for name in state if not name.startswith(("opt", "pool"))]:
-                    state[name].load_state_dict(weights[name])
-        steps = math.ceil((args.epochs * len(files) - self.images_seen) / args.batch_size)
-        self.all_steps = self.start_step + max(0, steps)
-        self.last_step = max(self.start_step, min(self.all_steps, args.max_steps or self.all_steps))
+            saved = [new | {name: weights[name] for name in state if not name.startswith(("opt", "pool"))}]
+        if WORLD > 1:  # the first process has the file
+            dist.broadcast_object_list(saved)
+        origin = last if last.exists() or not args.init else f"--init {args.init}"
+        with explain_errors(f"{origin} does not fit, or is damaged; --fresh starts over"):
+            self.resume(**saved[0])
+        goal = self.start_step + math.ceil((images - self.images_seen) / self.batch)
+        self.last_step = max(self.start_step, min(goal, args.max_steps or goal))
+        (args.out / "config.json").write_text(json.dumps(self.settings | {"torch": torch.__version__}, indent=2))
+        begin = "resuming" if self.start_step else "starting"
+        print(f"{begin} {args.out} at step {self.start_step} of {self.last_step}, {args.device}, {args.precision}")
+        numbers = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # as nohup sets it
+        self.handlers = {number: signal.signal(number, self.on_signal) for number in numbers}
+        bar = functools.partial(tqdm, unit="step", delay=1, mininterval=2, file=sys.stdout)
+        self.bar = bar(initial=self.start_step, total=self.last_step)
 
-    def resume(self, saved):
-        """Go on from a checkpoint, if it has the images and the settings of now."""
-        for name, old in saved["settings"].items():
+    def on_signal(self, number, frame):
+        self.signal = number
+
+    def resume(self, settings, step, images_seen, log_size, script=METHOD, **parts):
+        """Go on from a checkpoint, whose networks, optimizers and pools are `parts`; cut the log to it."""
+        self.start_step, self.images_seen = int(step), int(images_seen)
+        for name, old in settings.items():
             new, option = self.settings.get(name), name.replace("_", "-").replace("source", "from")
             if old != new and name in FIXED:
-                fail(f"{self.args.out} was started with {option} {old}, not {new}: repeat that, or --out, or --fresh")
+                fail(f"{self.args.out} has other {option}, {old}: repeat that, or give --fresh or another --out")
             if old != new:
-                print(f"{self.args.out}: {option} was {old}, now {new}")
-        with explain_errors(f"{self.args.out}/last.pt is damaged: --fresh starts over"):
-            self.start_step, self.images_seen = saved["step"], saved["images_seen"]
-            for name, part in self.state.items():
-                if name.startswith("opt"):  # with the rate and the device of now
-                    saved[name]["param_groups"] = part.state_dict()["param_groups"]
-                part.load_state_dict(saved[name])
+                print(f"{self.args.out}: {option} was {old}, is {new}")
+        with open(self.log, "a") as log:
+            log.truncate(min(log.tell(), log_size))
+        if step and parts.keys() != self.state.keys():
+            raise ValueError("it is not whole")
+        for name, part in parts.items():
+            if name.startswith("opt"):  # with the rate and the device of now
+                part["param_groups"] = self.state[name].state_dict()["param_groups"]
+            self.state[name].load_state_dict(part)
 
-    def __enter__(self):
-        args, log = self.args, self.args.out / "log.jsonl"
-        args.out.mkdir(parents=True, exist_ok=True)
-        self.lock = FileLock(args.out / ".lock", timeout=0)
-        with explain_errors(f"{args.out} is in use: wait for the other process, or stop it"):
-            self.lock.acquire()
-        for old in [args.out / "last.pt", *args.out.glob("samples/*.png")] if args.fresh else []:
-            old.unlink(missing_ok=True)
-        rows = log.read_text().splitlines(True) if log.exists() else []
-        rows = [row for row in rows if row.endswith("}\n") and json.loads(row)["step"] <= self.start_step]
-        atomic_write(log, lambda part: part.write_text("".join(rows)))
-        (args.out / "config.json").write_text(json.dumps(self.settings | {"torch": torch.__version__}, indent=2))
-        numbers = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # nohup ignores SIGHUP
-        self.handlers = {number: signal.signal(number, self.on_signal) for number in numbers}
-        begin = "resuming" if self.start_step else "starting"
-        print(f"{begin} {args.out} at step {self.start_step} of {self.all_steps}, {args.device}, {args.precision}")
-        self.bar = tqdm(total=self.last_step, initial=self.start_step, unit="step", file=sys.stdout)
-        self.last_report = self.last_save = time.monotonic()
-        return self
+    def report(self, step, epoch, losses):
+        """Log the losses every two seconds. Returns whether to save now. A loss that is not finite ends the run."""
+        args, number, elapsed = self.args, torch.tensor(self.signal), self.bar.format_dict["elapsed"]
+        if WORLD > 1:  # all processes stop at the same step
+            dist.all_reduce(number, dist.ReduceOp.MAX)
+        self.should_stop, self.images_seen = number.item(), self.images_seen + self.batch
+        due = step % args.save_every == 0 if args.save_every else elapsed - self.last_save > 600
+        save = due or self.should_stop or step == self.last_step
+        shown = False
+        with contextlib.suppress(OSError):  # a terminal or pipe may be closed
+            shown = self.bar.update()
+        if shown or save:
+            losses = {name: loss.item() for name, loss in losses.items()}  # waits for the device
+            if not all(map(math.isfinite, losses.values())):
+                fail(f"a loss is not finite at step {step}: {losses}; last.pt is kept; try a lower --lr")
+            rate = (step - self.start_step) * self.batch / elapsed
+            with open(self.log, "a") as log:
+                log.write(json.dumps({"step": step, "epoch": epoch, **losses, "images_per_s": rate}) + "\n")
+            self.bar.set_postfix(losses, images_per_s=rate, refresh=False)
+        return save and RANK == 0
 
-    def __exit__(self, error, *_):
-        self.bar.close()
+    def save_checkpoint(self, step):
+        """Write last.pt."""
+        checkpoint = {name: part.state_dict() for name, part in self.state.items()}
+        checkpoint |= {"script": METHOD, "settings": self.settings, "step": step, "images_seen": self.images_seen}
+        checkpoint["log_size"] = self.log.stat().st_size
+        atomic_write(self.args.out / "last.pt", lambda part: torch.save(checkpoint, part))
+        self.last_save = self.bar.format_dict["elapsed"]
+
+    def close(self):
+        """Leave the run folder, and the script if it got a signal."""
         self.lock.release()
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
         if WORLD > 1:
             dist.destroy_process_group()
-        if self.signal and not error:
-            print(f"saved at step {self.bar.n}; repeat the command to resume")
-            sys.exit(128 + self.signal)
-
-    def on_signal(self, number, frame):
-        self.signal = number
-
-    def report(self, step, epoch, losses):
-        """Log the losses every two seconds. Returns whether to save now. A loss that is not finite ends the run."""
-        now, args = time.monotonic(), self.args
-        if WORLD > 1:  # all processes stop at the same step
-            number = torch.tensor(self.signal)
-            dist.all_reduce(number, dist.ReduceOp.MAX)
-            self.signal = number.item()
-        self.should_stop = self.signal > 0
-        save = self.should_stop or step == self.last_step or now - self.last_save > 600
-        save = save or args.save_every and step % args.save_every == 0
-        if save or step == self.start_step + 1 or now - self.last_report > 2:
-            losses = {name: loss.item() for name, loss in losses.items()}  # waits for the device
-            if not all(map(math.isfinite, losses.values())):
-                fail(f"a loss is not finite at step {step}: {losses}; last.pt is kept; try a lower --lr")
-            rate = (step - self.bar.n) * args.batch_size / max(now - self.last_report, 1e-9)
-            with open(args.out / "log.jsonl", "a") as log:
-                log.write(json.dumps({"step": step, "epoch": epoch, **losses, "images_per_s": rate}) + "\n")
-            with contextlib.suppress(OSError):  # the terminal may be closed
-                self.bar.set_postfix(losses, images_per_s=rate, refresh=False)
-                self.bar.update(step - self.bar.n)
-            self.last_report = now
-        return save and RANK == 0
-
-    def save_checkpoint(self, step):
-        """Write last.pt."""
-        images_seen = self.images_seen + (step - self.start_step) * self.args.batch_size
-        checkpoint = {"script": METHOD, "settings": self.settings, "step": step, "images_seen": images_seen}
-        checkpoint |= {name: part.state_dict() for name, part in self.state.items()}
-        atomic_write(self.args.out / "last.pt", functools.partial(torch.save, checkpoint))
-        self.last_save = time.monotonic()
+        with contextlib.suppress(OSError):
+            self.bar.close()
+            print(f"{self.args.out} is saved at step {self.bar.n} of {self.last_step}; pictures are in its samples/")
+        if self.should_stop:
+            sys.exit(128 + self.should_stop)
 
 
 def set_seed(args, step):
-    """Make what is random in an update depend on --seed and the step alone, so that a resumed run is the same."""
-    backend = torch.default_generator if args.device == "cpu" else torch.get_device_module(args.device)
-    backend.manual_seed(hash((args.seed, step)) + RANK)
+    """Random numbers on the device depend on --seed and the step alone, so that a resumed run is the same run."""
+    generators = torch.cuda if "cuda" in args.device else torch  # torch would seed every backend, which takes longer
+    generators.manual_seed(hash((args.seed, step)) + RANK)
 
 
 def load_checkpoint(run):
     """The dict in RUN/last.pt, on the CPU. No code in it is run."""
     path = Path(run, "last.pt")
     if not path.exists():
-        fail(f"there is no {path}: train first, or name a run folder by --out")
+        fail(f"there is no {path}: train first, or give another --out")
     with explain_errors(f"{path} is not a checkpoint of {METHOD}"):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         if checkpoint["script"] != METHOD:
@@ -622,21 +563,14 @@ def load_checkpoint(run):
     return checkpoint
 
 
-def init_distributed(args):
-    """Join the processes of torchrun. All but the first are silent, and write to a folder that is thrown away."""
-    dist.init_process_group()
+def init_distributed(args, state):
+    """Under torchrun, join the processes: optimizers share gradients. Only the first one prints and writes to --out."""
+    if WORLD > 1:
+        dist.init_process_group()
+        for part in [part for name, part in state.items() if name.startswith("opt")]:
+            part.register_step_pre_hook(average_gradients)
     if RANK > 0:
         args.out, sys.stdout = Path(tempfile.mkdtemp()), open(os.devnull, "w")
-        atexit.register(shutil.rmtree, args.out, ignore_errors=True)
-
-
-def share_checkpoint(state, checkpoint):
-    """From now on optimizers average their gradients over all processes. Returns the first one's checkpoint to all."""
-    for name in [name for name in state if name.startswith("opt")]:
-        state[name].register_step_pre_hook(average_gradients)
-    shared = [checkpoint]
-    dist.broadcast_object_list(shared)
-    return shared[0]
 
 
 def average_gradients(optimizer, *_):
@@ -649,10 +583,12 @@ def average_gradients(optimizer, *_):
 
 def capture(step, args):
     """On CUDA, `step` as one CUDA graph: the fourth call records it, later ones replay it and overwrite its losses."""
+    if "cuda" in args.device:
+        torch.set_float32_matmul_precision("high")  # TF32, which convolutions have anyway
+        torch.backends.cudnn.benchmark = True
     if "cuda" not in args.device or args.no_capture:
         return step
     graph, stream, calls, inputs, losses = torch.cuda.CUDAGraph(), torch.cuda.Stream(), itertools.count(), [], {}
-    torch.backends.cudnn.benchmark = True
 
     def replay(*batch):
         if next(calls) < 3:  # warm up
@@ -673,60 +609,50 @@ def capture(step, args):
     return replay
 
 
-def find_images(folder):
+def find_images(folder, others=()):
     """[(split, folders, file)] of all images below `folder`; the split is train, val or test if a folder says so."""
     names = sorted(glob.glob("**/*.*", root_dir=folder, recursive=True))  # follows links, leaves out hidden files
     runs = tuple(name.removesuffix("log.jsonl") for name in names if name.endswith("/log.jsonl"))
-    names = [name for name in names if not name.startswith(runs or "/")]
+    names, found = [name for name in names if not name.startswith(runs or "/")], []
     images = [name for name in names if name.lower().endswith(IMAGES)]
-    found = []
+    left_out = len([name for name in names if not name.lower().endswith((*IMAGES, *others))])
+    if left_out:
+        print(f"{folder}: {left_out} files with other endings are left out")
     for name in images:
-        *parts, _ = re.sub("(train|test|val)[_-]?([AB])/", r"\1/\2/", name).split("/")
-        splits = {SPLITS[part] for part in parts if part in SPLITS} or {"train"}
-        if len(splits) > 1:
+        *parts, _ = re.sub(r"\b(train|test|val)(id|idation)?[_-]?([AB]?)/", r"\1/\3/", name).split("/")
+        splits = [part for part in parts if part in ("train", "val", "test")] or ["train"]
+        if len({*splits}) > 1:
             fail(f"{folder}/{name} is in two splits")
-        found.append((*splits, "/".join(part for part in parts if part not in SPLITS), Path(folder, name)))
-    if len(names) > len(images):
-        print(f"{folder}: {len(names) - len(images)} files with other endings are left out")
+        found.append((splits[0], "/".join(part for part in parts if part not in ("", *splits)), Path(folder, name)))
     return found or fail(f"{folder} has no images ({', '.join(IMAGES)})")
 
 
-def read_image(file, white=65535):
-    """An image as RGB with 8 bits, upright, transparent pixels on white; `white` is the value of white in 16 bits."""
+def read_image(file):
+    """An image as RGB with 8 bits, upright, transparent pixels on white."""
     with explain_errors(f"{file} cannot be used as an image"), Image.open(file) as image:
-        extra = getattr(image, "tag_v2", {}).get(338, (1,))  # kinds of the extra bands of a TIFF: 1 and 2 are alpha
-        if (
-            image.mode in ("I", "F")
-            or extra[0] not in (1, 2)
-            or image.format != "MPO"
-            and getattr(image, "n_frames", 1) > 1
-        ):
-            raise ValueError("give 8-bit or 16-bit gray, or 8-bit RGB, of one page and without further bands")
+        more_bands = 0 in getattr(image, "tag_v2", {}).get(338, ())  # of a TIFF, and not alpha
+        if image.mode not in MODES or more_bands or getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
+            raise ValueError(f"mode {image.mode}; give 8 or 16 bits, gray or RGB, one page")
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I;16"):
-            pixels = np.asarray(image).astype(np.uint32)
-            if pixels.max() > white:
-                raise ValueError(f"it has a pixel of {pixels.max()}, above --white {white}")
-            if pixels.max() < white / 8:
-                warnings.warn("a 16-bit image is almost black: is --white right?", stacklevel=2)  # said once
-            image = Image.fromarray(np.uint8(pixels * 255 // white))
+            image = Image.fromarray(np.uint8(np.asarray(image) // 257))
+            if image.getextrema()[1] < 32:
+                warnings.warn("a 16-bit image is almost black: scale its pixels to 0 to 65535", stacklevel=2)  # once
         if image.has_transparency_data:
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
         return image.convert("RGB")
 
 
-def cache_images(args, items, read, shape):
-    """read(item) for all items, tuples of files: uint8 (N, *shape), decoded once and kept in --data-root/cache."""
-    facts = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for files in items for file in files]
-    options = [vars(args).get(name) for name in FIXED]
-    key = hashlib.sha256(repr((facts, shape, options)).encode()).hexdigest()[:16]
+def cache_images(args, groups, read, shape):
+    """read(group) of all groups, tuples of files, as uint8 (N, *shape): done once and kept in --data-root/cache."""
+    facts = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for group in groups for file in group]
+    key = hashlib.sha256(repr((facts, shape, args.size, vars(args).get("source"))).encode()).hexdigest()[:16]
     path = args.data_root / "cache" / f"{METHOD}-{key}.npy"
-    path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{path}.lock"), ThreadPoolExecutor() as pool:
         if not path.exists():
-            print(f"decoding {len(items)} images into {path}, {len(items) * math.prod(shape) >> 20} MiB")
-            pixels = np.lib.format.open_memmap(f"{path}.part", "w+", np.uint8, (len(items), *shape))
-            for i, image in enumerate(tqdm(pool.map(read, items), total=len(items), unit="image")):
+            pixels = np.lib.format.open_memmap(f"{path}.part", "w+", np.uint8, (len(groups), *shape))
+            images = tqdm(pool.map(read, groups), f"decoding to {path}, {pixels.nbytes >> 20} MiB", len(groups))
+            for i, image in enumerate(images):
                 pixels[i] = image
             os.replace(f"{path}.part", path)
     pixels = torch.from_numpy(np.load(path, mmap_mode="c"))
@@ -734,23 +660,9 @@ def cache_images(args, items, read, shape):
     return pixels.to(args.device) if fits else pixels
 
 
-def save_grid(path, images, titles):
-    """Write Pillow images of one size as one PNG, small ones enlarged, in columns under their titles."""
-    zoom = max(1, 128 // images[0].width)
-    cells = [
-        pil_to_tensor(image.convert("RGB")).repeat_interleave(zoom, 1).repeat_interleave(zoom, 2) for image in images
-    ]
-    sheet = ImageOps.expand(to_pil_image(make_grid(cells, len(titles), pad_value=255)), (0, 18, 0, 0), "white")
-    for i, title in enumerate(titles):
-        ImageDraw.Draw(sheet).text((4 + i * (cells[0].shape[2] + 2), 2), title, "black", font_size=14)
-    atomic_write(path, sheet.save)
-
-
 def main(argv=None):
     """Train, or use what was trained."""
     args = get_args(argv)
-    if WORLD > 1:
-        init_distributed(args)
     return sample(args) if args.sample or args.arithmetic or args.turn else train(args)
 
 
