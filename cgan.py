@@ -1,113 +1,125 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["torch>=2.11", "torchvision>=0.26", "numpy>=2", "pillow>=11", "filelock>=3"]
+# dependencies = ["torch>=2.11", "torchvision>=0.26", "numpy>=2", "pillow>=11", "tqdm>=4.66"]
 # ///
 """cGAN: a GAN that is told what to draw.
 
 Mirza, Osindero: Conditional Generative Adversarial Nets. 2014, arXiv:1411.1784. G and D are both given a label y:
     min_G max_D  E[log D(x|y)] + E[log(1 - D(G(z|y)))]                                            (Eq. 2)
-No code was released. The paper does not say where its dropout sits (here on every hidden layer, and in G it is on when
-samples are drawn, as D saw them), nor G's loss (here the one that does not saturate). --net conv is convolutional.
 
-    python cgan.py                                         # train on toy digits, drawn here, in minutes on a CPU
-    python cgan.py --data mnist                            # download, train; stop it and repeat this: it goes on
+    python cgan.py                                         # train on toy digits, drawn here: minutes on a CPU
+    python cgan.py --data mnist                            # download and train; stop it, repeat this to resume
     python cgan.py --data mnist --sample 100 --label 7     # draw sevens; without --label, all labels in turn
+
+No code was released. The paper does not say where its dropout sits: here on every hidden layer, and in G also when
+samples are drawn, as D saw them. Nor does it give G's loss, here the one that does not saturate, or the weights at
+the start, here those of GAN's authors. G makes little of z: with one dropout mask the images of a label do not
+differ, and their variety comes from the dropout. Adam, --net conv and --cbn are ours.
 """
 
 import argparse
 import contextlib
+import copy
 import functools
-import io
+import glob
+import hashlib
 import itertools
 import json
-import logging
 import math
 import os
+import re
 import signal
-import socket
 import sys
-import time
 import warnings
-import zipfile
-from copy import deepcopy
-from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
-from PIL import Image, ImageOps
-from torch import distributed as dist
+from filelock import FileLock
+from PIL import Image, ImageDraw, ImageOps
 from torch import nn
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision import datasets
-from torchvision.transforms.v2.functional import pil_to_tensor, resize, to_pil_image
+from torchvision.transforms.v2.functional import pil_to_tensor, resize, rgb_to_grayscale, to_pil_image
 from torchvision.utils import make_grid
+from tqdm import tqdm
 
-SCRIPT = "cgan"
-SETS = {  # the named sets, and what each changes
+METHOD, SCRIPT = "cgan", Path(__file__).stem
+SETS = {  # the named sets, and which defaults each changes
     "toy": dict(optimiser="adam", ngf=800, ndf=80, epochs=60, save_every=2000),
     "mnist": dict(),
-    "fashion-mnist": dict(),
-    "cifar10": dict(net="conv", optimiser="adam", channels=3, size=32, epochs=250),
+    "fashion-mnist": dict(classes="t-shirt trouser pullover dress coat sandal shirt sneaker bag boot".split()),
+    "cifar10": dict(
+        classes="airplane automobile bird cat deer dog frog horse ship truck".split(),
+        **dict(net="conv", optimiser="adam", channels=3, size=32, epochs=250),
+    ),
 }
-NETS = {"mlp": (1200, 240, 1e-3), "conv": (64, 64, 2e-4)}  # ngf, ndf, rate of Adam
-ADVICE = "lower --lr, or use --precision fp32"  # against what is not finite
-RANK, WORLD = (int(os.environ.get(name, start)) for name, start in (("RANK", 0), ("WORLD_SIZE", 1)))  # torchrun
-FREE = "settings data_root run max_steps save_every skip_bad fresh device bf16 no_capture sample label to"
+READERS = {  # torchvision's, and the images to train on
+    "mnist": (datasets.MNIST, 50000),
+    "fashion-mnist": (datasets.FashionMNIST, 60000),
+    "cifar10": (datasets.CIFAR10, 50000),
+}
+NETS = {"mlp": dict(ngf=1200, ndf=240, lr=1e-3), "conv": dict(ngf=64, ndf=64, lr=2e-4)}  # and their rates of Adam
+FIXED = "size channels classes net cbn nz ngf ndf optimiser seed images".split()
+IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+MODES = "1 L LA P PA RGB RGBA CMYK I;16 I;16B".split()  # the Pillow images that 8 bits of red, green and blue can show
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
 def get_args(argv=None):
-    """Settings from `argv` or the command line; what is not given is the paper's, or that of the set."""
-    parser = argparse.ArgumentParser(f"{SCRIPT}.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.error, add = refuse, parser.add_argument
-    add("--data", default="toy", help=f"{', '.join(SETS)}, or a folder with a folder of images for each label")
-    add("--data-root", type=Path, default=Path("data"), help="where downloads go, or lie already")
+    """Options from `argv` or the command line. The defaults are the paper's, or those of the named set."""
+    parser = argparse.ArgumentParser(usage="%(prog)s [options]", description=__doc__.partition("\n")[0])
+    parser.formatter_class = functools.partial(argparse.ArgumentDefaultsHelpFormatter, width=120)
+    add = parser.add_argument
+    add("--data", default="toy", help=f"a folder with a folder of images for each label, or {', '.join(SETS)}")
+    add("--data-root", type=Path, default="data", help="for downloads")
     add("--size", type=int, default=28, help="pixels a side; conv: 28 or 32")
-    add("--channels", type=int, choices=(1, 3), default=1, help="1 grey, 3 colour")
-    add("--net", choices=tuple(NETS), default="mlp", help="mlp: the paper's networks for MNIST; conv: convolutional")
-    add("--cbn", action="store_true", help="conv: G takes the label by conditional batch norm (Dumoulin 2016, BigGAN)")
+    add("--channels", type=int, choices=(1, 3), default=1, help="gray or colour")
+    add("--net", choices=NETS, default="mlp", help="the paper's networks for MNIST, or convolutional")
+    add("--cbn", action="store_true", help="conv: G takes the label by conditional batch norm (Dumoulin et al. 2016)")
     add("--nz", type=int, default=100, help="numbers in z")
-    add("--ngf", type=int, help="units of G's last hidden layer (1200), or channels (conv 64)")
-    add("--ndf", type=int, help="maxout units of D's layers (240), or channels of its first (conv 64)")
-    add("--optimiser", choices=("sgd", "adam"), default="sgd", help="the paper's, or the one that takes minutes")
-    add("--epochs", type=int, help="passes over the images (SGD 250, Adam 40)")
-    add("--batch-size", type=int, default=100, help="images an update")
-    add("--lr", type=float, help="the rate, at first (SGD .1; Adam 1e-3, conv 2e-4)")
+    add("--ngf", type=int, help="units of G's last hidden layer, or channels; None: 1200, conv 64")
+    add("--ndf", type=int, help="maxout units of D's layers, or channels of its first; None: 240, conv 64")
+    add("--optimiser", choices=("sgd", "adam"), default="sgd", help="the paper's, or the faster one")
+    add("--epochs", type=int, help="passes over the images; None: SGD 250, Adam 40")
+    add("--batch-size", type=int, default=100, help="images in an update")
+    add("--lr", type=float, help="learning rate, of SGD at first; None: SGD .1, Adam 1e-3, conv 2e-4")
     add("--seed", type=int, default=0, help="of weights, order, noise and dropout; of z for --sample")
-    add("--run", type=Path, help="run folder (runs/cgan-DATA)")
-    add("--max-steps", type=int, help="stop after so many updates")
-    add("--save-every", type=int, default=10000, help="updates between checkpoints; ten minutes at most")
-    add("--skip-bad", action="store_true", help="train without the images that cannot be read")
-    add("--fresh", action="store_true", help="start over; the old run is kept as DIR.old-N")
-    add("--device", help="cpu, cuda, cuda:1, mps, ... (the accelerator, if there is one)")
-    add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 where it is much faster")
-    add("--no-capture", action="store_true", help="on CUDA: launch kernels one by one, not as a recorded graph")
-    add("--sample", type=int, metavar="N", help="draw N images with what was trained")
-    add("--label", help="of these images, by name or number (all in turn)")
-    add("--to", type=Path, help="folder for them (RUN/sampled)")
-    parser.set_defaults(**SETS.get(parser.parse_known_args(argv)[0].data, {}))
-    parser.set_defaults(batch_size=math.ceil(parser.get_default("batch_size") / WORLD) * WORLD)  # a share each
+    add("--out", type=Path, help=f"run folder; None: runs/{SCRIPT}-DATA")
+    add("--init", type=Path, metavar="RUN", help="start from the weights of another run (fine-tuning)")
+    add("--max-steps", type=int, help="stop after this many updates in all")
+    add("--save-every", type=int, help="updates between checkpoints; None: ten minutes")
+    add("--fresh", action="store_true", help="delete checkpoint, log and samples")
+    add("--device", help="cpu, cuda, cuda:1, mps, ...; None: the accelerator, if there is one")
+    add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: fp32, as bf16 draws worse")
+    add("--no-capture", action="store_true", help="on CUDA: no CUDA graph")
+    add("--sample", type=int, metavar="N", help="draw N images with the trained G")
+    add("--label", help="of the images to draw; None: all in turn")
+    add("--to", type=Path, help="folder for samples; None: OUT/sampled")
+    data = parser.parse_known_args(argv)[0].data
+    data = f"./{data}" if data in SETS and Path(data).is_dir() else data  # a folder that is there comes first
+    parser.set_defaults(classes=[*"0123456789"])  # a folder has its own
+    parser.set_defaults(**SETS.get(data, {}))
     args = parser.parse_args(argv)
-    ngf, ndf, rate = NETS[args.net]
-    rate, epochs = (0.1, 250) if args.optimiser == "sgd" else (rate, 40)
-    rest = {"ngf": ngf, "ndf": ndf, "lr": rate, "epochs": epochs}
-    vars(args).update({name: value for name, value in rest.items() if getattr(args, name) is None})
+    args.data, args.images, args.precision = data, None, args.precision.replace("auto", "fp32")
+    sgd = dict(lr=0.1, epochs=250) if args.optimiser == "sgd" else {}
+    for name, value in (NETS[args.net] | dict(epochs=40) | sgd).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    check_args(args, may_be_zero=("lr", "seed"))
     if args.net == "conv" and args.size not in (28, 32):
-        refuse(f"--size {args.size}: the convolutional networks take 28 or 32 pixels")
+        fail(f"--size {args.size}: the convolutional networks take 28 or 32 pixels")
     if args.cbn and args.net != "conv":
-        refuse("conditional batch norm, --cbn, needs --net conv: the paper's networks have no batch norm")
-    if args.ngf < 6 or args.ndf < 5:
-        refuse(f"--ngf {args.ngf} --ndf {args.ndf}: give 6 and 5 at least")
-    args.classes = [*"0123456789"]  # until the data are read
-    return settle(args, zeros=("lr", "seed"))
+        fail("--cbn needs --net conv: the paper's networks have no batch norm")
+    if args.label is not None and not args.sample:
+        fail(f"--label {args.label} needs --sample N: it says what to draw")
+    return args
 
 
 # -- the method ------------------------------------------------------------------------------------------------------
 
 
-class Maxout(nn.Module):  # same as gan.py
+class Maxout(nn.Module):
     """The largest of `pieces` linear functions, for each unit or channel: (N, C, ...) -> (N, units, ...)."""
 
     def __init__(self, linear, pieces):
@@ -118,6 +130,11 @@ class Maxout(nn.Module):  # same as gan.py
         return self.linear(x).unflatten(1, (-1, self.pieces)).amax(2)
 
 
+def one_hot(y, classes):
+    """Labels (N,) -> (N, classes), 1 at the label and 0 elsewhere; F.one_hot would read the labels back."""
+    return (y[:, None] == torch.arange(classes, device=y.device)).float()
+
+
 class Generator(nn.Module):
     """z (N, nz) and labels (N,) -> x (N, channels, size, size) in [0, 1] (Sec. 4.1).
 
@@ -126,14 +143,13 @@ class Generator(nn.Module):
 
     def __init__(self, classes=10, nz=100, ngf=1200, channels=1, size=28):
         super().__init__()
-        self.shape = channels, size, size
-        self.register_buffer("codes", torch.eye(classes), persistent=False)  # one-hot
+        self.classes, self.shape = classes, (channels, size, size)
         self.of_z, self.of_y = nn.Linear(nz, ngf // 6), nn.Linear(classes, ngf - ngf // 6)
         last = [nn.Linear(ngf, ngf), nn.ReLU(), nn.Dropout(0.5), nn.Linear(ngf, math.prod(self.shape)), nn.Sigmoid()]
         self.layers = nn.Sequential(nn.ReLU(), nn.Dropout(0.5), *last)
 
     def forward(self, z, y):
-        joined = torch.cat([self.of_z(z), self.of_y(self.codes[y])], 1)  # (N, 1200)
+        joined = torch.cat([self.of_z(z), self.of_y(one_hot(y, self.classes))], 1)  # (N, 1200)
         return self.layers(joined).view(-1, *self.shape)
 
 
@@ -145,15 +161,14 @@ class Discriminator(nn.Module):
 
     def __init__(self, classes=10, ndf=240, channels=1, size=28):
         super().__init__()
-        some = ndf * 5 // 24
-        self.register_buffer("codes", torch.eye(classes), persistent=False)
+        self.classes, some = classes, ndf * 5 // 24
         self.of_x = Maxout(nn.Linear(channels * size * size, 5 * ndf), 5)
         self.of_y = Maxout(nn.Linear(classes, 5 * some), 5)
         last = [Maxout(nn.Linear(ndf + some, 4 * ndf), 4), nn.Dropout(0.5), nn.Linear(ndf, 1)]
         self.layers = nn.Sequential(nn.Dropout(0.5), *last)
 
     def forward(self, x, y):
-        joined = torch.cat([self.of_x(x.flatten(1)), self.of_y(self.codes[y])], 1)
+        joined = torch.cat([self.of_x(x.flatten(1)), self.of_y(one_hot(y, self.classes))], 1)
         return self.layers(joined).squeeze(1)
 
 
@@ -171,22 +186,18 @@ class ConditionalNorm(nn.Module):
 
 
 class ConvGenerator(nn.Module):
-    """The same with the layers of a DCGAN: z and label -> 7x7 or 8x8 -> doubled twice.
-
-    Every layer is given the label, by --cbn in its norm, and otherwise as more channels of what it takes.
-    """
+    """The same with layers of a DCGAN. Each is given the label, by --cbn in its norm, otherwise as more channels."""
 
     def __init__(self, classes=10, nz=100, ngf=64, channels=1, size=28, cbn=False):
         super().__init__()
-        self.cbn, more = cbn, 0 if cbn else classes
-        self.register_buffer("codes", torch.eye(classes), persistent=False)
+        self.classes, self.cbn, more = classes, cbn, 0 if cbn else classes
         width = [nz, 4 * ngf, 2 * ngf, channels]
         kernels = [(size // 4, 1, 0), (4, 2, 1), (4, 2, 1)]
         self.convs = nn.ModuleList(nn.ConvTranspose2d(a + more, b, *k) for a, b, k in zip(width, width[1:], kernels))
         self.norms = nn.ModuleList(ConditionalNorm(classes, c) if cbn else nn.BatchNorm2d(c) for c in width[1:-1])
 
     def forward(self, z, y):
-        x, label = z[:, :, None, None], self.codes[y][:, :, None, None]
+        x, label = z[:, :, None, None], one_hot(y, self.classes)[:, :, None, None]
         for i, conv in enumerate(self.convs):
             x = conv(x if self.cbn else torch.cat([x, label.expand(-1, -1, *x.shape[2:])], 1))
             if i < len(self.norms):
@@ -199,25 +210,28 @@ class ConvDiscriminator(nn.Module):
 
     def __init__(self, classes=10, ndf=64, channels=1, size=28):
         super().__init__()
-        self.register_buffer("codes", torch.eye(classes), persistent=False)
+        self.classes = classes
         convs = [nn.Conv2d(channels + classes, ndf, 4, 2, 1), nn.LeakyReLU(0.2), nn.Dropout(0.3)]
         convs += [nn.Conv2d(ndf, 2 * ndf, 4, 2, 1), nn.LeakyReLU(0.2), nn.Dropout(0.3)]
         self.layers = nn.Sequential(*convs, nn.Conv2d(2 * ndf, 1, size // 4))
 
     def forward(self, x, y):
-        label = self.codes[y][:, :, None, None].expand(-1, -1, *x.shape[2:])
+        label = one_hot(y, self.classes)[:, :, None, None].expand(-1, -1, *x.shape[2:])
         return self.layers(torch.cat([x, label], 1)).flatten()
 
 
-def init_weights(net, width):  # same as gan.py
-    """Uniform in +-width for weights, zero for biases."""
+def init_weights(net, width):
+    """Uniform in +-width for weights, zero for biases (as the code of GAN's authors)."""
     for weight in net.parameters():
-        nn.init.zeros_(weight) if weight.ndim in (1, 3) else nn.init.uniform_(weight, -width, width)
+        if weight.ndim == 1:
+            nn.init.zeros_(weight)
+        else:
+            nn.init.uniform_(weight, -width, width)
     return net
 
 
-class Momentum(torch.optim.Optimizer):  # same as gan.py
-    """SGD with momentum as in the authors' code, v <- momentum v - lr g, w <- w + v, with both rates as tensors."""
+class Momentum(torch.optim.Optimizer):
+    """SGD as in the code of GAN's authors: v <- momentum v - lr g, w <- w + v, with both rates as tensors."""
 
     def __init__(self, weights, lr, momentum):
         super().__init__(weights, dict(lr=lr, momentum=momentum))
@@ -226,14 +240,14 @@ class Momentum(torch.optim.Optimizer):  # same as gan.py
 
     @torch.no_grad()
     def step(self):
-        (group,) = self.param_groups
+        group = self.param_groups[0]
         weights, vs = group["params"], [self.state[weight]["v"] for weight in group["params"]]
         torch._foreach_mul_(vs, group["momentum"])
         torch._foreach_sub_(vs, torch._foreach_mul([weight.grad for weight in weights], group["lr"]))
         torch._foreach_add_(weights, vs)
 
 
-def gan_loss(logits, real):  # same as gan.py
+def gan_loss(logits, real):
     """-log D if `real`, else -log(1 - D), mean over the batch; D = sigmoid(logits). (N,) -> 0-d."""
     return F.softplus(-logits.float() if real else logits.float()).mean()
 
@@ -243,40 +257,43 @@ def draw_z(args, count):
     return torch.rand(count, args.nz, device=args.device)
 
 
-def build(args):
-    """{name: network or optimiser}: all that is learned, on args.device; a checkpoint holds their states."""
-    torch.manual_seed(args.seed)
-    classes = len(args.classes)
+def build_networks(args):
+    """G and D of --net, with the weights that they start from."""
+    G_sizes = len(args.classes), args.nz, args.ngf, args.channels, args.size
+    D_sizes = len(args.classes), args.ndf, args.channels, args.size
     if args.net == "conv":
-        G = ConvGenerator(classes, args.nz, args.ngf, args.channels, args.size, args.cbn)
-        D = ConvDiscriminator(classes, args.ndf, args.channels, args.size)
-    else:  # the paper does not say how; as the authors of GAN
-        G = init_weights(Generator(classes, args.nz, args.ngf, args.channels, args.size), 0.05)
-        D = init_weights(Discriminator(classes, args.ndf, args.channels, args.size), 0.005)
+        return ConvGenerator(*G_sizes, args.cbn), ConvDiscriminator(*D_sizes)
+    return init_weights(Generator(*G_sizes), 0.05), init_weights(Discriminator(*D_sizes), 0.005)
+
+
+def build(args):
+    """{name: network or optimizer} on args.device: all that is learned, and so all that last.pt holds."""
+    torch.manual_seed(args.seed)
+    G, D = build_networks(args)
     state = {"G": G.to(args.device), "D": D.to(args.device)}
-    for name in "GD":  # with rates as tensors, so that a recorded step follows the schedule
-        weights, rate = state[name].parameters(), torch.tensor(args.lr, device=args.device)
+    for name in "GD":  # rates are tensors, so that a CUDA graph follows the schedule
+        weights, lr = state[name].parameters(), torch.tensor(args.lr, device=args.device)
         if args.optimiser == "sgd":
-            state[f"opt_{name}"] = Momentum(weights, rate, torch.tensor(0.5, device=args.device))
+            state[f"opt_{name}"] = Momentum(weights, lr, torch.tensor(0.5, device=args.device))
         else:
-            fit = dict(fused=True, capturable="cuda" in args.device)
-            state[f"opt_{name}"] = torch.optim.Adam(weights, rate, (0.5, 0.999), **fit)
+            adam = dict(betas=(0.5, 0.999), fused=True, capturable="cuda" in args.device)
+            state[f"opt_{name}"] = torch.optim.Adam(weights, lr, **adam)
     return state
 
 
 def make_step(args, state):
-    """Returns `step(x, y)`: one update of D and G on images (N, C, S, S) in [0, 1] and their labels (N,).
+    """Returns `step(x, y)`: one update of D and G on images (N, C, size, size) in [0, 1] and their labels (N,).
 
-    It gives back its losses as 0-d tensors and reads nothing back from the device, so it can be recorded and replayed.
+    It returns its losses as 0-d tensors and reads nothing back from the device, so a CUDA graph can record it.
     """
-    G, D, opt_G, opt_D = (state[name] for name in ("G", "D", "opt_G", "opt_D"))
+    G, D, opt_G, opt_D = state["G"], state["D"], state["opt_G"], state["opt_D"]
 
     def step(x, y):
         opt_D.zero_grad()
         opt_G.zero_grad()
-        with torch.autocast(x.device.type, torch.bfloat16, args.bf16):
+        with torch.autocast(x.device.type, torch.bfloat16, args.precision == "bf16"):
             fake = G(draw_z(args, len(x)), y)
-            on_real, on_fake = D(x, y), D(fake, y)  # which serves both losses
+            on_real, on_fake = D(x, y), D(fake, y)  # one pass over G(z|y) serves both losses
         # D: max log D(x|y) + log(1 - D(G(z|y))) (Eq. 2)
         loss_D = (gan_loss(on_real, True) + gan_loss(on_fake, False)) / 2
         loss_D.backward(inputs=list(D.parameters()), retain_graph=True)
@@ -291,136 +308,38 @@ def make_step(args, state):
 
 
 def train(args):
-    """Train for --epochs, from RUN/last.pt if it is there. Returns the run folder."""
-    images, labels, args.classes = load_images(args)
+    """Train for --epochs, from last.pt if it is there. Returns the run folder."""
+    images, labels = load_images(args)
     state = build(args)
     fixed_z = draw_z(args, 10)
-    with locked(args.run), signals() as stopped:
-        begun = resume(args, state, len(images))
-        goal = max(begun, min(math.ceil(args.epochs * len(images) / args.batch_size), args.max_steps or math.inf))
-        update, row, saved = capture(make_step(args, state), args), (time.monotonic(), begun), time.monotonic()
-        for step, (epoch, x, y) in zip(range(begun + 1, goal + 1), batches(args, images, labels, begun)):
-            for optimiser in (state["opt_D"], state["opt_G"]) if args.optimiser == "sgd" else ():
-                optimiser.param_groups[0]["lr"].fill_(max(args.lr / 1.00004**step, 1e-6))
-                optimiser.param_groups[0]["momentum"].fill_(0.5 + 0.2 * min((epoch - 1) / 249, 1))
-            torch.manual_seed(hash((args.seed, step)) + RANK)  # z, dropout; so that an update is the same after a stop
-            losses = update(x, y)
-            ending = agreed(stopped)
-            saving = ending or step == goal or step % args.save_every == 0 or time.monotonic() - saved > 600
-            row = report(args, step, goal, epoch, losses, row, saving or step == begun + 1)
-            if saving and not RANK:
-                paint_labels(args.run / "samples" / f"{step:07}.png", args, state["G"], fixed_z)
-                saved = save(args, state, step)
-            if ending:
-                break
-    print(f"{args.run} is finished, {goal} updates: {args.run}/samples shows every label; --fresh starts over")
-    return args.run
+    run = Run(args, state, args.epochs * len(images))
+    update, loader = capture(make_step(args, state), args), batches(args, images, labels, run.images_seen)
+    for step in range(run.start_step + 1, run.last_step + 1):
+        epoch, x, y = next(loader)
+        for name in ("opt_G", "opt_D") if args.optimiser == "sgd" else ():
+            state[name].param_groups[0]["lr"].fill_(max(args.lr / 1.00004**step, min(args.lr, 1e-6)))
+            state[name].param_groups[0]["momentum"].fill_(0.5 + 0.2 * min((epoch - 1) / 249, 1))
+        set_seed(args, step)  # of z and the dropout
+        if run.report(step, epoch, update(x, y)):  # it is time to save
+            save_samples(args, state["G"], fixed_z, args.out / "samples" / f"{step:07}.png")
+            run.save_checkpoint(step)
+        if run.should_stop:
+            break
+    run.close()
+    return args.out
 
 
-# -- the house -------------------------------------------------------------------------------------------------------
+# -- data and pictures -----------------------------------------------------------------------------------------------
 
 
-def refuse(sentence):  # same as pix2pix.py
-    """Bad input ends in one sentence and exit status 2, by way of `main`."""
-    raise SystemExit(f"{SCRIPT}.py: {sentence}")
-
-
-@contextlib.contextmanager
-def blame(what):  # same as pix2pix.py
-    """Refuse `what` if anything goes wrong with it: what others wrote or sent fails in many ways."""
-    try:
-        yield
-    except Exception as error:
-        error = error.__context__ if isinstance(error.__context__, OSError) else error  # torch.save hides a full disk
-        refuse(f"{what} ({str(error).partition(chr(10))[0].partition('. ')[0] or type(error).__name__:.500})")
-
-
-@contextlib.contextmanager
-def replacing(path):  # same as pix2pix.py
-    """A file to write to, which becomes `path` when it is whole and on the disk, and otherwise leaves nothing."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    with blame(f"{path} cannot be written"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(part, "wb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def locked(path, wait=0):  # same as pix2pix.py
-    """Only one process at a time is in here for a `path`: others wait so many seconds, then are refused.
-
-    However a process ends, it leaves. Where nothing can be written, all are let in.
-    """
-    whole = Path(os.path.realpath(path))
-    lock = FileLock(whole.with_name(f".{whole.name.lstrip('.')}.lock"), timeout=wait)
-    with contextlib.ExitStack() as held:
-        if wait or not RANK:  # a run folder is the first process's
-            try:
-                whole.parent.mkdir(parents=True, exist_ok=True)
-                held.enter_context(lock)
-            except Timeout:
-                refuse(f"{path} is in use by another process: wait for its end, or stop it")
-            except OSError:
-                pass
-        yield
-
-
-@contextlib.contextmanager
-def signals():  # same as pix2pix.py
-    """A list onto which SIGINT and SIGTERM are put, so that the loop can save; then they end the script.
-
-    Of several processes all but the first end here in any case.
-    """
-    caught, kinds = [], (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(kind, lambda number, frame: caught.append(number)) for kind in kinds]
-    try:
-        yield caught
-    finally:
-        for kind, handler in zip(kinds, before):
-            signal.signal(kind, handler)
-    if WORLD > 1:
-        dist.destroy_process_group()
-    if caught or RANK:
-        sys.exit(128 + caught[0] if caught else 0)
-
-
-def settle(args, zeros):  # same as gan.py
-    """Check that numbers are from 1 up, or 0 for those named in `zeros`; settle --run, --device and precision."""
-    limits = {int: 2**63, float: math.inf}
-    for name, value in vars(args).items():
-        least = 0 if name in zeros else 1
-        if type(value) in limits and not least <= value < limits[type(value)]:
-            refuse(f"--{name.replace('_', '-')} {value}: give a number from {least} up, below {limits[type(value)]}")
-    args.run = args.run or Path("runs", f"{SCRIPT}-{os.path.basename(os.path.realpath(args.data))}")
-    if args.batch_size % WORLD:
-        refuse(f"--batch-size {args.batch_size}: give a multiple of {WORLD}, the number of processes")
-    if WORLD > 1 and torch.accelerator.is_available():
-        torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
-    args.device = args.device or str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
-    with blame(f"--device {args.device} is not to be had on this machine: leave it out to use what there is"):
-        args.device = str(torch.zeros(1, device=args.device).device)
-    units = [name for name, there in torch.cpu.get_capabilities().items() if there] if args.device == "cpu" else []
-    fast = {"avx512_bf16", "amx_bf16"} & {*units} or "cuda" in args.device and torch.cuda.is_bf16_supported(False)
-    args.bf16 = args.precision == "bf16" or args.precision == "auto" and bool(fast)
-    return args
-
-
-def digits(count, seed, size=28):  # same as gan.py
+def digits(count, seed, size=28):
     """Toy digits, uint8 (count, 1, size, size), white on black, and labels (count,).
 
     Ten glyphs of 5x7 dots under random affine maps, with random stroke width and noise.
     """
-    rng, rows = (
-        np.random.default_rng(seed),
-        "ehhhhhe 4c4444e eh1248v v2421he 26aiv22 vgu11he 68guhhe v124888 ehhehhe ehhf12c",
-    )
-    glyphs = [[[int(dots, 32) >> i & 1 for i in range(4, -1, -1)] for dots in rows] for rows in rows.split()]
+    rng = np.random.default_rng(seed)
+    rows = "ehhhhhe 4c4444e eh1248v v2421he 26aiv22 vgu11he 68guhhe v124888 ehhehhe ehhf12c"  # of dots, base 32
+    glyphs = [[[int(dots, 32) >> i & 1 for i in range(4, -1, -1)] for dots in glyph] for glyph in rows.split()]
     labels, (turn, slant) = rng.integers(0, 10, count), rng.uniform(-0.2, 0.2, (2, count))
     wide, high = rng.uniform(1.3, 1.9, count), rng.uniform(1.1, 1.4, count)
     maps = np.array([[wide * np.cos(turn), wide * (slant - np.sin(turn)), rng.uniform(-0.25, 0.25, count)],
@@ -432,323 +351,289 @@ def digits(count, seed, size=28):  # same as gan.py
     return torch.from_numpy(pixels.clip(0, 255).astype(np.uint8)), torch.from_numpy(labels)
 
 
-def fetched(args, name, **how):  # same as gan.py
-    """torchvision's data set of that name, which lies below --data-root or is downloaded to there."""
-    kind = getattr(datasets, name)
-    host = getattr(kind, "mirrors", [getattr(kind, "url", "its host")])[0]
-    by_hand = f"put it below --data-root {args.data_root} as torchvision's {name} has it"
-    socket.setdefaulttimeout(60)  # seconds of silence
-    with blame(f"{args.data} cannot be had from {host}: {by_hand}"):
-        args.data_root.mkdir(parents=True, exist_ok=True)
-        return kind(args.data_root, **how or {"download": True})
-
-
 def load_images(args):
-    """The training images, uint8 (N, channels, size, size), their labels (N,), both on the device, and label names."""
-    names = [*"0123456789"]
+    """The training images, uint8 (N, channels, size, size), and their labels (N,), on the device. Sets args.classes."""
+    args.images, shape = args.data, (args.size, args.size)  # a run belongs to its images
     if args.data == "toy":
         images, labels = digits(10000, 0, args.size)
     elif args.data in SETS:
-        name, kept = {"mnist": ("MNIST", 50000), "cifar10": ("CIFAR10", 50000)}.get(args.data, ("FashionMNIST", 60000))
-        data = fetched(args, name)
-        images, labels = torch.as_tensor(data.data[:kept]), torch.as_tensor(data.targets[:kept])
-        names = names if args.data == "mnist" else data.classes
-        images = resize(images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2), [args.size, args.size])
-    elif not Path(args.data).is_dir():
-        refuse(f"--data {args.data} is no folder and none of {', '.join(SETS)}")
+        kind, count = READERS[args.data]
+        with explain_errors(f"{args.data} cannot be downloaded: put torchvision's files for it into {args.data_root}"):
+            data = kind(args.data_root, download=True)
+        images, labels = torch.as_tensor(data.data[:count]), torch.as_tensor(data.targets[:count])
+        images = resize(images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2), shape)
     else:
-        files = find_images(Path(args.data))
-        kinds = [name.partition("/")[0] if "/" in name else "" for name in files]
-        if len(names := sorted({*kinds})) < 2 or "" in names:
-            refuse(
-                f"--data {args.data} needs a folder of images for each label, two at least, and no images beside them"
-            )
+        found, mode = find_images(Path(args.data)), "RGB" if args.channels == 3 else "L"
+        files = {file: folder.partition("/")[0] for split, folder, file in found if split == "train"}
+        args.classes = sorted({*files.values()})
+        if len(args.classes) < 2 or "" in args.classes:
+            fail(f"{args.data} needs a folder of training images for each label, at least two, and none beside them")
+        sizes = [(name, file.name, file.stat().st_size) for file, name in files.items()]
+        args.images = hashlib.sha256(repr(sizes).encode()).hexdigest()[:12]
+        kind = f"{args.size}x{args.size} {'gray' if mode == 'L' else 'RGB'}"
+        print(f"{args.data}: {len(files)} of {len(found)} images are for training; they are turned to {kind}")
+        print(f"{len(args.classes)} labels: {', '.join(args.classes)}")
+        squares = [ImageOps.fit(read_image(file).convert(mode), shape) for file in files]
+        images = torch.stack([pil_to_tensor(square) for square in squares])
+        labels = torch.tensor([args.classes.index(name) for name in files.values()])
+    images = rgb_to_grayscale(images) if args.channels == 1 else images.expand(-1, 3, -1, -1)
+    return images.to(args.device), labels.to(args.device)
 
-        def fitted(file):
-            return pil_to_tensor(ImageOps.fit(flatten(read_image(file), args.channels), (args.size, args.size)))
 
-        found = [(tried(args, fitted, file), names.index(kind)) for file, kind in zip(files.values(), kinds)]
-        found = [pair for pair in found if pair[0] is not None] or refuse(f"{args.data} holds no readable image")
-        images, labels = torch.stack([image for image, _ in found]), torch.tensor([label for _, label in found])
-    return images.expand(-1, args.channels, -1, -1).to(args.device), labels.to(args.device), list(names)
+def batches(args, images, labels, images_seen):
+    """Yields epoch, x (B, C, size, size) in [0, 1] and y (B,), without end: here goes a data loader of your own."""
 
+    def order(number):  # of a pass over the images; it stays on the device
+        return torch.from_numpy(np.random.default_rng([args.seed, number]).permutation(len(images))).to(args.device)
 
-def batches(args, images, labels, step):
-    """Yields epoch, x (B, C, S, S) in [0, 1] and y (B,) for each update after `step`, ordered by the seed."""
-    orders = functools.lru_cache(2)(lambda epoch: np.random.default_rng([args.seed, epoch]).permutation(len(images)))
-    for first in itertools.count(step * args.batch_size, args.batch_size):  # a batch may reach into the next epoch
-        share = range(first + RANK, first + args.batch_size, WORLD)
-        chosen = np.array([orders(k // len(images))[k % len(images)] for k in share])
-        chosen = torch.from_numpy(chosen).to(args.device)
+    number, start = divmod(images_seen, len(images))
+    queue = order(number)[start:]
+    for first in itertools.count(images_seen, args.batch_size):
+        while len(queue) < args.batch_size:  # a batch may reach into the next passes
+            number += 1
+            queue = torch.cat([queue, order(number)])
+        chosen, queue = queue[: args.batch_size], queue[args.batch_size :]
         yield first // len(images) + 1, images[chosen] / 255, labels[chosen]
+
+
+def save_grid(path, images, titles):
+    """Write uint8 images (C, size, size) as one PNG, enlarged, in columns under their titles."""
+    zoom = max(1, 112 // images[0].shape[2])
+    cells = torch.stack(list(images)).repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
+    sheet = ImageOps.expand(to_pil_image(make_grid(cells, len(titles), pad_value=255)), (0, 18, 0, 0), "white")
+    for i, title in enumerate(titles):
+        ImageDraw.Draw(sheet).text((4 + i * (cells.shape[3] + 2), 2), title, "black", font_size=14)
+    atomic_write(path, sheet.save)
+
+
+def drawing_mode(G):
+    """Switch G to dropout, as D saw its images, and running averages of batch norm. Returns G."""
+    for part in G.modules():
+        part.training = isinstance(part, nn.Dropout)
+    return G
 
 
 @torch.no_grad()
 def draw(args, G, z, y):
-    """The images G(z|y), uint8 (N, channels, size, size), with dropout, as D saw them, and with running averages."""
-    G = deepcopy(G).eval()
-    for part in G.modules():
-        part.training = isinstance(part, nn.Dropout)
-    with torch.autocast(z.device.type, torch.bfloat16, args.bf16):
+    """The images G(z|y), uint8 (N, channels, size, size)."""
+    with torch.autocast(z.device.type, torch.bfloat16, args.precision == "bf16"):
         x = torch.cat([G(*part).float() for part in zip(z.split(1000), y.split(1000))])
     return (x * 255).round().byte().cpu()
 
 
-def paint_labels(path, args, G, z):
-    """A row of images for each label, each column from one z (N, nz), and one dropout."""
-    rows = []
+def save_samples(args, G, z, path):
+    """Write a grid: a column for each label, and in each row one z and one dropout mask."""
+    G, columns = drawing_mode(copy.deepcopy(G)), []
     for label in range(len(args.classes)):
-        torch.manual_seed(args.seed)
-        rows.append(draw(args, G, z, torch.full((len(z),), label, device=z.device)))
-    with replacing(path) as file:
-        to_pil_image(make_grid(torch.cat(rows), len(z), pad_value=128)).save(file, "PNG")
+        torch.manual_seed(args.seed)  # the same masks for every label
+        columns.append(draw(args, G, z, torch.full((len(z),), label, device=z.device)))
+    images = torch.stack(columns, 1).flatten(0, 1)
+    save_grid(path, images, args.classes)
+
+
+def load_generator(run, device="cpu"):
+    """G of a run folder, z (N, nz) and labels (N,) to x (N, C, size, size) in [0, 1], with dropout as D saw it.
+
+    Label i is G.settings.classes[i].
+    """
+    checkpoint = load_checkpoint(run)
+    settings = argparse.Namespace(**checkpoint["settings"])
+    with explain_errors(f"{run}/last.pt is damaged"), torch.device("meta"):  # the weights are those of the file
+        G, _ = build_networks(settings)
+        G.load_state_dict(checkpoint["G"], assign=True)
+    G.settings = settings
+    return drawing_mode(G).to(device)
 
 
 def sample(args):
-    """Draw --sample images by RUN/last.pt into a folder of PNGs, NUMBER-LABEL.png, and a sheet beside it."""
-    path, to, seed = args.run / "last.pt", swept(args.to or args.run / "sampled"), args.seed
-    checkpoint = read_checkpoint(path, args.device)
-    with blame(f"{path} is damaged"), Budget(path.stat().st_size + 2**20), warnings.catch_warnings(action="ignore"):
-        args = argparse.Namespace(**vars(args) | checkpoint["settings"])
-        G = build(args)["G"]
-        G.load_state_dict(checkpoint["G"])
-    numbers = [str(i) for i in range(len(args.classes))]
-    if args.label is not None and args.label not in args.classes + numbers:
-        refuse(f"--label {args.label} is none of {', '.join(args.classes)}, and no number up to {numbers[-1]}")
-    one = args.classes.index(args.label) if args.label in args.classes else int(args.label or 0)
-    labels = [i % len(numbers) if args.label is None else one for i in range(args.sample)]
-    torch.manual_seed(seed)
-    z = draw_z(args, args.sample)
-    for i, image in enumerate(draw(args, G, z, torch.tensor(labels, device=args.device))):
-        with replacing(to / f"{i:05}-{labels[i]}.png") as file:
-            to_pil_image(image).save(file, "PNG")
-    paint_labels(to.with_name(f"{to.name}-sheet.png"), args, G, z[:10])
-    print(f"drew {args.sample} images into {to}, with {to.name}-sheet.png beside it")
+    """Draw --sample images with a trained G into a folder of PNGs, NUMBER-LABEL.png. Returns the folder."""
+    G, to = load_generator(args.out, args.device), args.to or args.out / "sampled"
+    args.nz, classes = G.settings.nz, G.settings.classes
+    if args.label not in [None, *classes]:
+        fail(f"--label {args.label} is not one of {', '.join(classes)}")
+    chosen = [i for i in range(len(classes)) if args.label in (None, classes[i])]
+    labels = [chosen[i % len(chosen)] for i in range(args.sample)]
+    torch.manual_seed(args.seed)
+    images = draw(args, G, draw_z(args, args.sample), torch.tensor(labels, device=args.device))
+    for i, image in enumerate(images):
+        atomic_write(to / f"{i:05}-{classes[labels[i]]}.png", to_pil_image(image).save)
+    print(f"{args.sample} images are drawn into {to}")
     return to
 
 
-def tried(args, read, item):  # same as pix2pix.py
-    """read(item); with --skip-bad None, if it is refused, which is then said."""
+# -- the same in all six scripts -------------------------------------------------------------------------------------
+
+
+def fail(sentence):
+    """End the script with one sentence that says what to mend."""
+    raise SystemExit(f"{SCRIPT}: {sentence}")
+
+
+@contextlib.contextmanager
+def explain_errors(sentence):
+    """Whatever goes wrong inside ends the script with `sentence` and the cause."""
     try:
-        return read(item)
-    except SystemExit as refusal:
-        if not args.skip_bad:
-            raise
-        print(f"left out: {refusal}", flush=True)
+        yield
+    except Exception as error:
+        cause = str(error).partition("\n")[0].partition(". ")[0]
+        fail(f"{sentence} ({cause or type(error).__name__})")
 
 
-def find_images(path):  # same as pix2pix.py
-    """{name: file} of all images below a folder, or of a file; a name keeps its suffix where it would be another's."""
-    suffixes, found = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"), {}
-    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-        name = file.relative_to(path if path.is_dir() else path.parent).as_posix()
-        stem = name.removesuffix(file.suffix)
-        if file.suffix.lower() in suffixes and "/." not in f"/{name}":  # nothing hidden
-            found[name if stem in found else stem] = file
-    return found or refuse(f"{path} holds no images ({', '.join(suffixes)})")
+def atomic_write(path, write):
+    """Let `write` make a file beside `path`, then rename it: it is there as a whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".part-{path.name}")
+    write(part)
+    os.replace(part, path)
 
 
-def read_image(path):  # same as pix2pix.py
-    """An image of any usual kind as a Pillow image: upright, with 8 bits, grey, RGB or RGBA."""
-    if not path.is_file():  # a pipe would be waited for without end
-        refuse(f"{path} is no file, or a link to none")
-    with blame(f"{path} cannot be read as an image"), Image.open(path) as file:
-        if file.mode == "F":
-            raise ValueError("it has floating-point pixels: save it with 8 or 16 bits")
-        image = ImageOps.exif_transpose(file)
-        if image.mode[0] == "I":  # 16 bits
-            image = Image.fromarray(np.uint8(np.asarray(image).clip(0, 65535) // 257))
-        return image.convert("RGBA" if image.has_transparency_data else "L" if image.mode in ("1", "L") else "RGB")
+def check_args(args, may_be_zero):
+    """Check --data and the numbers; choose the run folder, the device and the precision."""
+    if args.data not in SETS and not Path(args.data).is_dir():
+        fail(f"--data {args.data} is neither a folder nor one of {', '.join(SETS)}")
+    for name, value in vars(args).items():
+        if type(value) in (int, float) and not (0 < value < math.inf or value == 0 and name in may_be_zero):
+            fail(f"--{name.replace('_', '-')} {value}: give a number above 0")
+    args.out = args.out or Path("runs", f"{SCRIPT}-{Path(args.data).resolve().name}")
+    device = args.device or torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    with explain_errors(f"--device {device} is not on this machine"):
+        args.device = str(torch.empty(1, device=device).device)
+    units = torch.cpu.get_capabilities() if args.device == "cpu" else {"cuda": torch.cuda.is_bf16_supported(False)}
+    if args.precision == "auto":
+        args.precision = "bf16" if any(map(units.get, ("avx512_bf16", "amx_bf16", "cuda"))) else "fp32"
 
 
-def flatten(image, channels):  # same as pix2pix.py
-    """A Pillow image in 1 to 4 channels; what is transparent shows white if there is no channel for it."""
-    if image.mode == "RGBA" and channels % 2:
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert(("L", "LA", "RGB", "RGBA")[channels - 1])
+class Run:
+    """The run folder: resumes and saves `state`, logs, and stops on a signal. One process owns it at a time."""
+
+    def __init__(self, args, state, images):
+        """Resume from last.pt, if it is there, with the settings in FIXED unchanged. `images` are shown in all."""
+        self.args, self.state, self.signal, self.last_save, self.should_stop = args, state, 0, 0, 0
+        self.lock, self.log, last = FileLock(args.out / ".lock"), args.out / "log.jsonl", args.out / "last.pt"
+        with explain_errors(f"{args.out} is in use by another process"):
+            self.lock.acquire(timeout=0)
+        for old in [last, *args.out.glob("samples/*.png")] if args.fresh else []:
+            old.unlink(missing_ok=True)
+        self.settings = {name: value for name, value in vars(args).items() if not isinstance(value, Path)}
+        self.settings["script"] = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
+        self.batch = args.batch_size * vars(args).get("k", 1)  # images in a step
+        new = {"settings": {}, "step": 0, "images_seen": 0, "log_size": 0}
+        saved = [load_checkpoint(args.out) if last.exists() else new]
+        if args.init and not last.exists():
+            weights = load_checkpoint(args.init)
+            saved = [new | {name: weights[name] for name in state if not name.startswith(("opt", "pool"))}]
+        origin = last if last.exists() or not args.init else f"--init {args.init}"
+        with explain_errors(f"{origin} does not fit, or is damaged; --fresh starts over"):
+            self.resume(**saved[0])
+        goal = self.start_step + math.ceil((images - self.images_seen) / self.batch)
+        self.last_step = max(self.start_step, min(goal, args.max_steps or goal))
+        (args.out / "config.json").write_text(json.dumps(self.settings | {"torch": torch.__version__}, indent=2))
+        begin = "resuming" if self.start_step else "starting"
+        print(f"{begin} {args.out} at step {self.start_step} of {self.last_step}, {args.device}, {args.precision}")
+        numbers = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # as nohup sets it
+        self.handlers = {number: signal.signal(number, self.on_signal) for number in numbers}
+        bar = functools.partial(tqdm, unit="step", delay=1, mininterval=2, file=sys.stdout)
+        self.bar = bar(initial=self.start_step, total=self.last_step)
+
+    def on_signal(self, number, frame):
+        self.signal = number
+
+    def resume(self, settings, step, images_seen, log_size, script=METHOD, **parts):
+        """Go on from a checkpoint, whose networks, optimizers and pools are `parts`; cut the log to it."""
+        self.start_step, self.images_seen = int(step), int(images_seen)
+        for name, old in settings.items():
+            new, option = self.settings.get(name), name.replace("_", "-").replace("source", "from")
+            if old != new and name in FIXED:
+                fail(f"{self.args.out} has other {option}, {old}: repeat that, or give --fresh or another --out")
+            if old != new:
+                print(f"{self.args.out}: {option} was {old}, is {new}")
+        with open(self.log, "a") as log:
+            log.truncate(min(log.tell(), log_size))
+        if step and parts.keys() != self.state.keys():
+            raise ValueError("it is not whole")
+        for name, part in parts.items():
+            if name.startswith("opt"):  # with the rate and the device of now
+                part["param_groups"] = self.state[name].state_dict()["param_groups"]
+            self.state[name].load_state_dict(part)
+
+    def report(self, step, epoch, losses):
+        """Log the losses every two seconds. Returns whether to save now. A loss that is not finite ends the run."""
+        args, number, elapsed = self.args, torch.tensor(self.signal), self.bar.format_dict["elapsed"]
+        self.should_stop, self.images_seen = number.item(), self.images_seen + self.batch
+        due = step % args.save_every == 0 if args.save_every else elapsed - self.last_save > 600
+        save = due or self.should_stop or step == self.last_step
+        shown = False
+        with contextlib.suppress(OSError):  # a terminal or pipe may be closed
+            shown = self.bar.update()
+        if shown or save:
+            losses = {name: loss.item() for name, loss in losses.items()}  # waits for the device
+            if not all(map(math.isfinite, losses.values())):
+                fail(f"a loss is not finite at step {step}: {losses}; last.pt is kept; try a lower --lr")
+            rate = (step - self.start_step) * self.batch / elapsed
+            with open(self.log, "a") as log:
+                log.write(json.dumps({"step": step, "epoch": epoch, **losses, "images_per_s": rate}) + "\n")
+            self.bar.set_postfix(losses, images_per_s=rate, refresh=False)
+        return save
+
+    def save_checkpoint(self, step):
+        """Write last.pt."""
+        checkpoint = {name: part.state_dict() for name, part in self.state.items()}
+        checkpoint |= {"script": METHOD, "settings": self.settings, "step": step, "images_seen": self.images_seen}
+        checkpoint["log_size"] = self.log.stat().st_size
+        atomic_write(self.args.out / "last.pt", lambda part: torch.save(checkpoint, part))
+        self.last_save = self.bar.format_dict["elapsed"]
+
+    def close(self):
+        """Leave the run folder, and the script if it got a signal."""
+        self.lock.release()
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        with contextlib.suppress(OSError):
+            self.bar.close()
+            print(f"{self.args.out} is saved at step {self.bar.n} of {self.last_step}; pictures are in its samples/")
+        if self.should_stop:
+            sys.exit(128 + self.should_stop)
 
 
-def swept(to):  # same as pix2pix.py
-    """The folder `to`, without what a kill left half-written there or beside it."""
-    to = to if to.name else to.resolve()
-    for folder, parts in ((to, "**/*"), (to.parent, f"{to.name}-*"), (to.with_name(f"{to.name}-figures"), "*")):
-        for part in folder.glob(f"{parts}.png.*.part"):
-            part.unlink(missing_ok=True)
-    return to
+def set_seed(args, step):
+    """Random numbers on the device depend on --seed and the step alone, so that a resumed run is the same run."""
+    generators = torch.cuda if "cuda" in args.device else torch  # torch would seed every backend, which takes longer
+    generators.manual_seed(hash((args.seed, step)))
 
 
-def save(args, state, step):  # same as pix2pix.py
-    """Write RUN/last.pt, to go on from or to use, unless a weight is not finite. Returns the time."""
-    if not all(weight.isfinite().all() for part in state.values() for weight in getattr(part, "parameters", list)()):
-        refuse(f"update {step} made weights that are not finite; {args.run}/last.pt stays as it was: {ADVICE}")
-    checkpoint = {"script": SCRIPT, "version": 1, "step": step, "settings": args.settings}
-    with replacing(args.run / "last.pt") as file:
-        torch.save(checkpoint | {name: part.state_dict() for name, part in state.items()}, file)
-    return time.monotonic()
+def load_checkpoint(run):
+    """The dict in RUN/last.pt, on the CPU. No code in it is run."""
+    path = Path(run, "last.pt")
+    if not path.exists():
+        fail(f"there is no {path}: train first, or give another --out")
+    with explain_errors(f"{path} is not a checkpoint of {METHOD}"):
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if checkpoint["script"] != METHOD:
+            raise ValueError(f"it is one of {checkpoint['script']}")
+    return checkpoint
 
 
-def read_checkpoint(path, device, sent=None):  # same as pix2pix.py
-    """The dict that `save` wrote, to `path` or in the bytes `sent`; no code that it may hold is run."""
-    with (
-        blame(f"{path} cannot be used as a checkpoint of {SCRIPT}.py"),
-        warnings.catch_warnings(action="ignore"),
-        io.BytesIO(sent) if sent else open(path, "rb") as file,
-    ):
-        with zipfile.ZipFile(file) as parts:  # torch checks no checksum, and unpacks whatever it is given
-            if any(part.compress_type for part in parts.infolist()) or parts.testzip():
-                raise ValueError("it was changed after it was written")
-        file.seek(0)
-        checkpoint = torch.load(file, map_location=device, weights_only=True)
-        if (checkpoint["script"], checkpoint["version"]) != (SCRIPT, 1):
-            raise ValueError(f"it is one of {checkpoint['script']}.py, version {checkpoint['version']}")
-        return checkpoint
-
-
-class Budget(TorchDispatchMode):  # same as pix2pix.py
-    """Refuses to make new tensors of more than so many bytes: settings from elsewhere may ask for any."""
-
-    def __init__(self, size):
-        super().__init__()
-        self.left = size
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        made = func(*args, **kwargs or {})
-        if isinstance(made, torch.Tensor) and not any(isinstance(arg, torch.Tensor) for arg in args):
-            self.left -= made.nbytes
-            if self.left < 0:
-                raise ValueError("its settings are of larger networks than it holds")
-        return made
-
-
-def resume(args, state, count):  # same as pix2pix.py
-    """Make RUN, or go on with it: load RUN/last.pt if it is there. Returns the step it was saved at, or 0."""
-    now = {name: value for name, value in vars(args).items() if name not in FREE.split()}  # others may not change
-    now = args.settings = now | {"data": Path(args.data).resolve().name, "count": count}
-    olds = (args.run.with_name(f"{args.run.name}.old-{n}") for n in itertools.count(1))
-    if args.fresh and args.run.exists() and not RANK:
-        with blame(f"{args.run} cannot be moved aside for --fresh"):
-            args.run.rename(next(old for old in olds if not old.exists()))
-    path, log, step = args.run / "last.pt", args.run / "log.jsonl", 0
-    sent = joined(state, path)
-    if sent or WORLD == 1 and path.exists():
-        then = read_checkpoint(path, args.device, sent)
-        with blame(f"{path} is damaged: --fresh starts over and keeps it"), warnings.catch_warnings(action="ignore"):
-            old, step = then["settings"], int(then["step"])
-            names = [name for name in now | old if (now.get(name) or 0) != (old.get(name) or 0)]  # a new one was off
-            if differ := [f"{name} {old.get(name, 0)!s:.99}" for name in names]:
-                refuse(f"{args.run} was begun with {', '.join(differ)}: repeat that, or start over with --fresh")
-            for name, part in state.items():
-                fresh = len(getattr(part, "state", {}))
-                if isinstance(part, torch.optim.Optimizer):  # with the settings of now, for the device of now
-                    then[name]["param_groups"] = part.state_dict()["param_groups"]
-                part.load_state_dict(then[name])
-                forms = [  # what an optimiser keeps of a weight; of each the same
-                    {(key, x.dtype, x.layout, x.shape != weight.shape and x.shape) for key, x in kept.items()}
-                    for weight, kept in getattr(part, "state", {}).items()
-                ]
-                if len(forms) < fresh or any(form != forms[0] for form in forms):
-                    raise ValueError(f"{name} is of another form")
-    if RANK:
-        return step
-    for part in args.run.rglob("*.part"):  # of a file that a kill cut off
-        part.unlink()
-    with replacing(args.run / "config.json") as file:
-        file.write(json.dumps(now | {"torch": torch.__version__}, indent=2).encode())
-    with blame(f"{log} is damaged: delete it"), replacing(log) as file:  # what came after last.pt will come again
-        rows = log.read_text().splitlines(keepends=True) if log.exists() else []
-        file.writelines(row.encode() for row in rows if row.endswith("\n") and json.loads(row)["step"] <= step)
-    return step
-
-
-def joined(state, path):  # same as dcgan.py
-    """One of the processes of torchrun becomes one of many. Returns what the first has at `path`, or None.
-
-    From now on optimisers take the mean of the gradients over all processes, and batch norm has the statistics
-    of the whole batch.
-    """
-    if WORLD == 1:
-        return None
-    with blame("the other processes cannot be reached: start all of them with torchrun"):
-        dist.init_process_group()
-    for part in state.values():
-        if isinstance(part, torch.optim.Optimizer):
-            part.register_step_pre_hook(average)
-        for norm in part.modules() if isinstance(part, nn.Module) else ():
-            if isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d):
-                norm.forward = functools.partial(whole_norm, norm)
-    sent = [path.read_bytes() if path.exists() and not RANK else None]
-    dist.broadcast_object_list(sent)
-    return sent[0]
-
-
-class AllSum(torch.autograd.Function):  # same as dcgan.py
-    """A tensor (...) summed over all processes, and so is its gradient. -> (...)"""
-
-    @staticmethod
-    def forward(ctx, x):
-        dist.all_reduce(x := x.clone())
-        return x
-
-    @staticmethod
-    def backward(ctx, grad):
-        return AllSum.apply(grad)
-
-
-def whole_norm(norm, x):  # same as dcgan.py
-    """Batch norm, in training by the statistics of the whole batch over all processes: its size is the method's."""
-    if not norm.training:
-        return type(norm).forward(norm, x)
-    axes, shape, count = [0, *range(2, x.ndim)], (-1, *[1] * (x.ndim - 2)), x.numel() // x.shape[1] * WORLD
-    mean, square = AllSum.apply(torch.stack([x.float().mean(axes), x.float().square().mean(axes)])) / WORLD
-    var = square - mean**2
-    with torch.no_grad():
-        norm.running_mean.lerp_(mean, norm.momentum)
-        norm.running_var.lerp_(var * count / (count - 1), norm.momentum)
-        norm.num_batches_tracked.add_(1)
-    scaled = (x - mean.view(shape)) * (var + norm.eps).rsqrt().view(shape)
-    return (scaled * norm.weight.view(shape) + norm.bias.view(shape) if norm.affine else scaled).to(x.dtype)
-
-
-def average(optimiser, *_):  # same as pix2pix.py
-    """Make the gradients that an optimiser is about to take those of the whole batch, in one message."""
-    grads = [weight.grad for group in optimiser.param_groups for weight in group["params"] if weight.grad is not None]
-    if grads:
-        flat = nn.utils.parameters_to_vector(grads)
-        dist.all_reduce(flat)
-        nn.utils.vector_to_parameters(flat / WORLD, grads)
-
-
-def agreed(stopped):  # same as pix2pix.py
-    """Whether any of the processes was sent a signal, so that all stop at the same update; `stopped` has it then."""
-    if WORLD > 1:
-        dist.all_reduce(last := torch.tensor(stopped[-1] if stopped else 0), dist.ReduceOp.MAX)
-        stopped += [last.item()] * (last.item() > 0)
-    return bool(stopped)
-
-
-def capture(step, args):  # same as pix2pix.py
-    """On CUDA `step` as one recorded graph, without a launch a kernel: three calls warm it up, the fourth records it.
-
-    Later ones replay it with new inputs of the same shapes; what they return is overwritten by the next call.
-    """
+def capture(step, args):
+    """On CUDA, `step` as one CUDA graph: the fourth call records it, later ones replay it and overwrite its losses."""
+    if "cuda" in args.device:
+        torch.set_float32_matmul_precision("high")  # TF32, which convolutions have anyway
+        torch.backends.cudnn.benchmark = True
     if "cuda" not in args.device or args.no_capture:
         return step
-    graph, stream, still, losses = torch.cuda.CUDAGraph(), torch.cuda.Stream(args.device), [], {}
-    calls, current = itertools.count(1), torch.cuda.current_stream(args.device)
+    graph, stream, calls, inputs, losses = torch.cuda.CUDAGraph(), torch.cuda.Stream(), itertools.count(), [], {}
 
     def replay(*batch):
-        if (call := next(calls)) < 4:
-            stream.wait_stream(current)
+        if next(calls) < 3:  # warm up
+            stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
-                found = step(*batch)
-            current.wait_stream(stream)
-            return found
-        if call == 4:
-            still.extend(part.clone() for part in batch)
-            with blame("an update cannot be recorded as a CUDA graph here: use --no-capture"):
-                with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-                    losses.update(step(*still))
-        for kept, new in zip(still, batch):
+                losses.update(step(*batch))
+            torch.cuda.current_stream().wait_stream(stream)
+            return losses
+        if not inputs:
+            inputs.extend(tensor.clone() for tensor in batch)
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                losses.update(step(*inputs))
+        for kept, new in zip(inputs, batch):
             kept.copy_(new)
         graph.replay()
         return losses
@@ -756,59 +641,45 @@ def capture(step, args):  # same as pix2pix.py
     return replay
 
 
-def report(args, step, goal, epoch, losses, last, must):  # same as pix2pix.py
-    """Print and log the losses now and then, or if it `must`. Takes and returns time and step of the `last` row."""
-    now, terminal = time.monotonic(), sys.stdout.isatty()
-    due = must or now - last[0] > (1 if terminal else 10)
-    if due or args.device == "cpu":  # elsewhere reading a loss makes the host wait for the device
-        losses = {name: loss.item() for name, loss in losses.items()}
-        if not all(map(math.isfinite, losses.values())):
-            refuse(f"update {step} has a loss that is not finite, {losses}; last.pt stays as it was: {ADVICE}")
-    if not due or RANK:
-        return last
-    rate = (step - last[1]) * args.batch_size / (now - last[0])
-    with blame(f"{args.run}/log.jsonl cannot be written"), open(args.run / "log.jsonl", "a") as log:
-        log.write(json.dumps({"step": step, "epoch": epoch, **losses, "images_per_s": rate}) + "\n")
-    left = timedelta(seconds=(goal - step) * args.batch_size // rate)
-    text = f"{step}/{goal} {rate:.3g} images/s {left} left " + " ".join(f"{n} {x:.3g}" for n, x in losses.items())
-    print(f"\r{text:<79.79}" if terminal else text, end="\n" if step == goal or not terminal else "", flush=True)
-    return now, step
+def find_images(folder, others=()):
+    """[(split, folders, file)] of all images below `folder`; the split is train, val or test if a folder says so."""
+    names = sorted(glob.glob("**/*.*", root_dir=folder, recursive=True))  # follows links, leaves out hidden files
+    runs = tuple(name.removesuffix("log.jsonl") for name in names if name.endswith("/log.jsonl"))
+    names, found = [name for name in names if not name.startswith(runs or "/")], []
+    images = [name for name in names if name.lower().endswith(IMAGES)]
+    left_out = len([name for name in names if not name.lower().endswith((*IMAGES, *others))])
+    if left_out:
+        print(f"{folder}: {left_out} files with other endings are left out")
+    for name in images:
+        *parts, _ = re.sub(r"\b(train|test|val)(id|idation)?[_-]?([AB]?)/", r"\1/\3/", name).split("/")
+        splits = [part for part in parts if part in ("train", "val", "test")] or ["train"]
+        if len({*splits}) > 1:
+            fail(f"{folder}/{name} is in two splits")
+        found.append((splits[0], "/".join(part for part in parts if part not in ("", *splits)), Path(folder, name)))
+    return found or fail(f"{folder} has no images ({', '.join(IMAGES)})")
 
 
-def first_to_say():  # same as pix2pix.py
-    """Whether no other process of torchrun has said a sentence: one is enough."""
-    with contextlib.suppress(Exception):
-        return WORLD == 1 or next(dist.rendezvous("env://", timeout=timedelta(seconds=9)))[0].add("said", 1) == 1
-    return True
+def read_image(file):
+    """An image as RGB with 8 bits, upright, transparent pixels on white."""
+    with explain_errors(f"{file} cannot be used as an image"), Image.open(file) as image:
+        more_bands = 0 in getattr(image, "tag_v2", {}).get(338, ())  # of a TIFF, and not alpha
+        if image.mode not in MODES or more_bands or getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
+            raise ValueError(f"mode {image.mode}; give 8 or 16 bits, gray or RGB, one page")
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I;16"):
+            image = Image.fromarray(np.uint8(np.asarray(image) // 257))
+            if image.getextrema()[1] < 32:
+                warnings.warn("a 16-bit image is almost black: scale its pixels to 0 to 65535", stacklevel=2)  # once
+        if image.has_transparency_data:
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+        return image.convert("RGB")
 
 
-def main(argv=None):  # same as gan.py
-    """Train or sample; bad input, and what the machine refuses, end in one sentence and exit status 2."""
-    for kind in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(kind, lambda number, frame: sys.exit(128 + number))
-    warnings.filterwarnings("ignore", module="PIL")  # a refusal says it in one sentence
-    logging.getLogger("PIL").setLevel(100)
-    warnings.simplefilter("error", Image.DecompressionBombWarning)  # above 89 million pixels
-    getattr(sys.stdout, "reconfigure", dict)(errors="backslashreplace")  # files may have names that it cannot show
-    try:
-        args = get_args(argv)
-        if RANK and args.sample:  # one process is enough
-            return None
-        return (sample if args.sample else train)(args)
-    except (SystemExit, OSError, MemoryError, RuntimeError) as error:
-        status, said = getattr(error, "code", None), str(error).replace("\n", " ")
-        full = status is None and (isinstance(error, MemoryError) or "allocate" in said or "out of memory" in said)
-        lost = WORLD > 1 and isinstance(error, RuntimeError) and any(name in str(error) for name in ("gloo", "NCCL"))
-        if isinstance(status, int) or isinstance(error, RuntimeError) and not full and not lost:
-            raise
-        said = "out of memory: lower --batch-size or --size" if full else said
-        said = "another process has ended: repeat the command, it goes on from last.pt" if lost else said
-        if first_to_say():
-            print(f"{SCRIPT}.py: {said.removeprefix(f'{SCRIPT}.py: ')}", file=sys.stderr)
-        sys.exit(2)
+def main(argv=None):
+    """Train, or use what was trained."""
+    args = get_args(argv)
+    return sample(args) if args.sample else train(args)
 
 
 if __name__ == "__main__":
     main()
-    for number in (signal.SIGINT, signal.SIGTERM):  # while Python ends, an exception would be printed and lost
-        signal.signal(number, signal.SIG_DFL)

@@ -1,130 +1,143 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["torch>=2.11", "torchvision>=0.26", "numpy>=2", "pillow>=11", "filelock>=3"]
+# dependencies = ["torch>=2.11", "torchvision>=0.26", "numpy>=2", "pillow>=11", "tqdm>=4.66"]
 # ///
 """GAN: a generator and a discriminator, trained against each other until the one draws like the data.
 
 Goodfellow, Pouget-Abadie, Mirza, Xu, Warde-Farley, Ozair, Courville, Bengio: Generative Adversarial Nets. NIPS 2014,
-arXiv:1406.2661. G maps noise z to an image G(z); D tells images x of the data from G(z):
+arXiv:1406.2661. G maps noise z to an image G(z). D tells images x of the data from G(z):
     min_G max_D  E[log D(x)] + E[log(1 - D(G(z)))]                                                (Eq. 1)
-Networks, dropout, noise and SGD, which the paper leaves out, are those of the authors' code. As there, one pass of D
-over G(z) serves both losses, with one dropout mask, and both networks move together. Adam is ours, for minutes instead
-of an hour; with it a running mean of G's weights draws, as each update for itself wavers.
 
-    python gan.py                                     # train on toy digits, drawn here, in minutes on a CPU
-    python gan.py --data mnist                        # download, train; stop it and repeat this: it goes on
-    python gan.py --data mnist --sample 100           # draw from what was trained
+    python gan.py                                     # train on toy digits, drawn here: minutes on a CPU
+    python gan.py --data mnist                        # download and train; stop it, repeat this to resume
+    python gan.py --data mnist --sample 100           # draw 100 images with what was trained
+
+Networks, dropout, noise and SGD, which the paper leaves out, are those of the authors' code. As there, one pass of D
+over G(z) serves both losses, with one dropout mask, and then both networks step. Departures: Adam is ours, for minutes
+instead of an hour; with it a running mean of G's weights draws (G_mean), as G itself wavers from update to update.
+For CIFAR-10 an image is scaled to mean 0 and variance 1 (the authors: to a norm of 55), and the batch of the
+convolutional pair is 100 (128). The mean image, where G's output starts, is clamped to .001 (1e-7).
 """
 
 import argparse
 import contextlib
+import copy
 import functools
-import io
+import glob
+import hashlib
 import itertools
 import json
-import logging
 import math
 import os
+import re
 import signal
-import socket
 import sys
-import time
 import warnings
-import zipfile
-from copy import deepcopy
-from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
-from PIL import Image, ImageOps
-from torch import distributed as dist
+from filelock import FileLock
+from PIL import Image, ImageDraw, ImageOps
 from torch import nn
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision import datasets
-from torchvision.transforms.v2.functional import pil_to_tensor, resize, to_pil_image
+from torchvision.transforms.v2.functional import pil_to_tensor, resize, rgb_to_grayscale, to_pil_image
 from torchvision.utils import make_grid
+from tqdm import tqdm
 
-SCRIPT = "gan"
-SETS = {  # the named sets, and what each changes
+METHOD, SCRIPT = "gan", Path(__file__).stem
+SETS = {  # the named sets, and which defaults each changes
     "toy": dict(optimiser="adam", average=0.999, ngf=400, ndf=80, epochs=60, save_every=2000),
     "mnist": dict(),
     "fashion-mnist": dict(),
     "cifar10": dict(net="fc", channels=3, size=32),
 }
-NETS = {"mnist": (1200, 240, 0.1), "fc": (8000, 1600, 0.025), "conv": (8000, 32, 0.004)}  # ngf, ndf, rate of SGD
-ADVICE = "lower --lr, or use --precision fp32"  # against what is not finite
-RANK, WORLD = (int(os.environ.get(name, start)) for name, start in (("RANK", 0), ("WORLD_SIZE", 1)))  # torchrun
-FREE = "settings data_root run max_steps save_every skip_bad fresh device bf16 no_capture sample to"
+READERS = {  # torchvision's, and the images to train on
+    "mnist": (datasets.MNIST, 50000),
+    "fashion-mnist": (datasets.FashionMNIST, 50000),
+    "cifar10": (datasets.CIFAR10, 40000),
+}
+NETS = {  # the authors' networks, and their rates of SGD
+    "mnist": dict(ngf=1200, ndf=240, lr=0.1),
+    "fc": dict(ngf=8000, ndf=1600, lr=0.025),
+    "conv": dict(ngf=8000, ndf=32, lr=0.004),
+}
+FIXED = "size channels net nz ngf ndf k saturating optimiser average seed images".split()
+IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+MODES = "1 L LA P PA RGB RGBA CMYK I;16 I;16B".split()  # the Pillow images that 8 bits of red, green and blue can show
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
 def get_args(argv=None):
-    """Settings from `argv` or the command line; what is not given is the authors', or that of the set."""
-    parser = argparse.ArgumentParser(f"{SCRIPT}.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.error, add = refuse, parser.add_argument
-    add("--data", default="toy", help=f"{', '.join(SETS)}, or a folder of images")
-    add("--data-root", type=Path, default=Path("data"), help="where downloads go, or lie already")
+    """Options from `argv` or the command line. The defaults are the authors', or those of the named set."""
+    parser = argparse.ArgumentParser(usage="%(prog)s [options]", description=__doc__.partition("\n")[0])
+    parser.formatter_class = functools.partial(argparse.ArgumentDefaultsHelpFormatter, width=120)
+    add = parser.add_argument
+    add("--data", default="toy", help=f"a folder of images, or one of {', '.join(SETS)}")
+    add("--data-root", type=Path, default="data", help="for downloads")
     add("--size", type=int, default=28, help="pixels a side")
-    add("--channels", type=int, choices=(1, 3), default=1, help="1 grey, 3 colour")
-    add("--net", choices=tuple(NETS), default="mnist", help="the networks for MNIST, or one of the pairs for CIFAR-10")
+    add("--channels", type=int, choices=(1, 3), default=1, help="gray or colour")
+    add("--net", choices=NETS, default="mnist", help="networks for MNIST, or one of the pairs for CIFAR-10")
     add("--nz", type=int, default=100, help="numbers in z")
-    add("--ngf", type=int, help="units of G's hidden layers (1200; fc, conv 8000)")
-    add("--ndf", type=int, help="maxout units of D's layers (240; fc 1600), or channels of its first (conv 32)")
-    add("--k", type=int, default=1, help="updates of D for one of G (Algorithm 1)")
+    add("--ngf", type=int, help="units of G's hidden layers; None: 1200, fc and conv 8000")
+    add("--ndf", type=int, help="maxout units of D's layers, or channels of its first; None: 240, fc 1600, conv 32")
+    add("--k", type=int, default=1, help="updates of D for one of G, Algorithm 1")
     add("--saturating", action="store_true", help="G descends log(1 - D(G(z))), as Algorithm 1 prints it")
-    add("--optimiser", choices=("sgd", "adam"), default="sgd", help="the authors', or the one that takes minutes")
-    add("--epochs", type=int, help="passes over the images (SGD 250, Adam 40)")
-    add("--batch-size", type=int, default=100, help="images an update")
-    add("--lr", type=float, help="the rate, at first (SGD .1; fc .025, conv .004), or that of Adam (1e-3)")
-    add("--average", type=float, help="draw with a mean of G, which keeps this much an update (SGD 0; Adam .9999)")
+    add("--optimiser", choices=("sgd", "adam"), default="sgd", help="the authors', or the faster one")
+    add("--average", type=float, help="draw with a mean of G that keeps this much an update; None: SGD 0, Adam .9999")
+    add("--epochs", type=int, help="passes over the images; None: SGD 250, Adam 40")
+    add("--batch-size", type=int, default=100, help="images in an update of D")
+    add("--lr", type=float, help="learning rate, of SGD at first; None: .1, fc .025, conv .004, Adam 1e-3")
     add("--seed", type=int, default=0, help="of weights, order, noise and dropout; of z for --sample")
-    add("--run", type=Path, help="run folder (runs/gan-DATA)")
-    add("--max-steps", type=int, help="stop after so many updates")
-    add("--save-every", type=int, default=10000, help="updates between checkpoints; ten minutes at most")
-    add("--skip-bad", action="store_true", help="train without the images that cannot be read")
-    add("--fresh", action="store_true", help="start over; the old run is kept as DIR.old-N")
-    add("--device", help="cpu, cuda, cuda:1, mps, ... (the accelerator, if there is one)")
-    add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 where it is much faster")
-    add("--no-capture", action="store_true", help="on CUDA: launch kernels one by one, not as a recorded graph")
-    add("--sample", type=int, metavar="N", help="draw N images with what was trained")
-    add("--to", type=Path, help="folder for them (RUN/sampled)")
-    parser.set_defaults(**SETS.get(parser.parse_known_args(argv)[0].data, {}))
-    parser.set_defaults(batch_size=math.ceil(parser.get_default("batch_size") / WORLD) * WORLD)  # a share each
+    add("--out", type=Path, help=f"run folder; None: runs/{SCRIPT}-DATA")
+    add("--init", type=Path, metavar="RUN", help="start from the weights of another run (fine-tuning)")
+    add("--max-steps", type=int, help="stop after this many updates in all")
+    add("--save-every", type=int, help="updates between checkpoints; None: ten minutes")
+    add("--fresh", action="store_true", help="delete checkpoint, log and samples")
+    add("--device", help="cpu, cuda, cuda:1, mps, ...; None: the accelerator, if there is one")
+    add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: fp32, as bf16 draws worse")
+    add("--no-capture", action="store_true", help="on CUDA: no CUDA graph")
+    add("--sample", type=int, metavar="N", help="draw N images with the trained G")
+    add("--to", type=Path, help="folder for samples; None: OUT/sampled")
+    data = parser.parse_known_args(argv)[0].data
+    data = f"./{data}" if data in SETS and Path(data).is_dir() else data  # a folder that is there comes first
+    parser.set_defaults(**SETS.get(data, {}))
     args = parser.parse_args(argv)
-    ngf, ndf, rate = NETS[args.net]
-    rate, average, epochs = (rate, 0.0, 250) if args.optimiser == "sgd" else (1e-3, 0.9999, 40)
-    rest = {"ngf": ngf, "ndf": ndf, "lr": rate, "average": average, "epochs": epochs}
-    vars(args).update({name: value for name, value in rest.items() if getattr(args, name) is None})
+    args.data, args.images, args.precision = data, None, args.precision.replace("auto", "fp32")
+    adam = dict(lr=1e-3, epochs=40, average=0.9999) if args.optimiser == "adam" else {}
+    for name, value in (NETS[args.net] | dict(epochs=250, average=0.0) | adam).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    check_args(args, may_be_zero=("average", "lr", "seed"))
     if args.net == "conv" and (args.size < 20 or args.size % 3 != 2):
-        refuse(f"--size {args.size}: the convolutional networks take 20, 23, 26, 29, 32, ... pixels")
+        fail(f"--size {args.size}: the convolutional networks take 20, 23, 26, 29, 32, ... pixels")
     if args.average >= 1:
-        refuse(f"--average {args.average}: give a number from 0 up, below 1")
-    return settle(args, zeros=("lr", "average", "seed"))
+        fail(f"--average {args.average}: give a number below 1")
+    return args
 
 
 # -- the method ------------------------------------------------------------------------------------------------------
 
 
 class Generator(nn.Module):
-    """z (N, nz) -> two hidden layers -> x (N, channels, size, size); what the three pairs have is in the paper's code.
+    """z (N, nz) -> two hidden layers -> x (N, channels, size, size). The three networks are those of the authors' code.
 
     mnist: ReLU, ReLU, sigmoid, x in [0, 1]. fc: ReLU, sigmoid, linear. conv: ReLU, sigmoid, then a transposed
-    convolution, 5x5 with stride 3, and a bias for each pixel; the x of these two has mean 0 and variance 1.
+    convolution, 5x5 with stride 3, and a bias for each pixel. The x of these two has mean 0 and variance 1.
     """
 
     def __init__(self, net="mnist", nz=100, ngf=1200, channels=1, size=28):
         super().__init__()
         self.shape, side = (channels, size, size), (size - 2) // 3
-        first = [nn.Linear(nz, ngf), nn.ReLU()]
+        layers = [nn.Linear(nz, ngf), nn.ReLU()]
         if net == "conv":
-            second = [nn.Linear(ngf, 80 * side * side), nn.Sigmoid(), nn.Unflatten(1, (80, side, side))]
-            self.layers = nn.Sequential(*first, *second, nn.ConvTranspose2d(80, channels, 5, 3, bias=False))
+            layers += [nn.Linear(ngf, 80 * side * side), nn.Sigmoid(), nn.Unflatten(1, (80, side, side))]
+            layers += [nn.ConvTranspose2d(80, channels, 5, 3, bias=False)]
         else:
-            second = [nn.Linear(ngf, ngf), nn.ReLU() if net == "mnist" else nn.Sigmoid()]
-            self.layers = nn.Sequential(*first, *second, nn.Linear(ngf, math.prod(self.shape), bias=False))
-        self.bias = nn.Parameter(torch.zeros(self.shape))  # of the output
+            layers += [nn.Linear(ngf, ngf), nn.ReLU() if net == "mnist" else nn.Sigmoid()]
+            layers += [nn.Linear(ngf, math.prod(self.shape), bias=False)]
+        self.layers, self.bias = nn.Sequential(*layers), nn.Parameter(torch.zeros(self.shape))
         self.end = nn.Sigmoid() if net == "mnist" else nn.Identity()
 
     def forward(self, z):
@@ -143,9 +156,9 @@ class Maxout(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """x (N, channels, size, size) -> logits (N,): two layers of maxout units; conv has three of channels, and one.
+    """x (N, channels, size, size) -> logits (N,). Two layers of maxout units; conv: three of channels, one of units.
 
-    Dropout keeps .8 of the input and .5 of what each layer gives to the next.
+    Dropout keeps .8 of the input, and .5 of what each layer gives to the next.
     """
 
     def __init__(self, net="mnist", ndf=240, channels=1, size=28):
@@ -167,14 +180,17 @@ class Discriminator(nn.Module):
 
 
 def init_weights(net, width):
-    """Uniform in +-width for weights, zero for biases."""
+    """Uniform in +-width for weights, zero for biases (as the authors' code)."""
     for weight in net.parameters():
-        nn.init.zeros_(weight) if weight.ndim in (1, 3) else nn.init.uniform_(weight, -width, width)
+        if weight.ndim in (1, 3):  # a bias for each unit, or for each pixel
+            nn.init.zeros_(weight)
+        else:
+            nn.init.uniform_(weight, -width, width)
     return net
 
 
 class Momentum(torch.optim.Optimizer):
-    """SGD with momentum as in the authors' code, v <- momentum v - lr g, w <- w + v, with both rates as tensors."""
+    """SGD as in the code of GAN's authors: v <- momentum v - lr g, w <- w + v, with both rates as tensors."""
 
     def __init__(self, weights, lr, momentum):
         super().__init__(weights, dict(lr=lr, momentum=momentum))
@@ -183,7 +199,7 @@ class Momentum(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self):
-        (group,) = self.param_groups
+        group = self.param_groups[0]
         weights, vs = group["params"], [self.state[weight]["v"] for weight in group["params"]]
         torch._foreach_mul_(vs, group["momentum"])
         torch._foreach_sub_(vs, torch._foreach_mul([weight.grad for weight in weights], group["lr"]))
@@ -203,35 +219,36 @@ def draw_z(args, count):
 
 
 def build(args):
-    """{name: network or optimiser}: all that is learned, on args.device; a checkpoint holds their states."""
+    """{name: network or optimizer} on args.device: all that is learned, and so all that last.pt holds."""
     torch.manual_seed(args.seed)
     G = init_weights(Generator(args.net, args.nz, args.ngf, args.channels, args.size), 0.05)
     if args.net == "fc":
         nn.init.uniform_(G.layers[-1].weight, -0.5, 0.5)
     D = init_weights(Discriminator(args.net, args.ndf, args.channels, args.size), 0.005)
     state = {"G": G.to(args.device), "D": D.to(args.device)}
-    state |= {"G_mean": deepcopy(G).requires_grad_(False)} if args.average else {}
-    for name in "GD":  # with rates as tensors, so that a recorded step follows the schedule
-        weights, rate = state[name].parameters(), torch.tensor(args.lr, device=args.device)
+    if args.average:
+        state["G_mean"] = copy.deepcopy(G).requires_grad_(False)
+    for name in "GD":  # rates are tensors, so that a CUDA graph follows the schedule
+        weights, lr = state[name].parameters(), torch.tensor(args.lr, device=args.device)
         if args.optimiser == "sgd":
-            state[f"opt_{name}"] = Momentum(weights, rate, torch.tensor(0.5, device=args.device))
+            state[f"opt_{name}"] = Momentum(weights, lr, torch.tensor(0.5, device=args.device))
         else:
-            fit = dict(fused=True, capturable="cuda" in args.device)
-            state[f"opt_{name}"] = torch.optim.Adam(weights, rate, (0.5, 0.999), **fit)
+            adam = dict(betas=(0.5, 0.999), fused=True, capturable="cuda" in args.device)
+            state[f"opt_{name}"] = torch.optim.Adam(weights, lr, **adam)
     return state
 
 
 def make_step(args, state):
-    """Returns `step(x)`: k updates of D and one of G (Algorithm 1), on x (k * N, C, S, S), scaled as G's output.
+    """Returns `step(x)`: k updates of D and one of G (Algorithm 1) on x (k * N, C, size, size), scaled as G's output.
 
-    It gives back its losses as 0-d tensors and reads nothing back from the device, so it can be recorded and replayed.
+    It returns its losses as 0-d tensors and reads nothing back from the device, so a CUDA graph can record it.
     """
-    G, D, opt_G, opt_D = (state[name] for name in ("G", "D", "opt_G", "opt_D"))
+    G, D, opt_G, opt_D = state["G"], state["D"], state["opt_G"], state["opt_D"]
 
     def step(x):
         for i, real in enumerate(x.chunk(args.k), 1):
             opt_D.zero_grad()
-            with torch.autocast(x.device.type, torch.bfloat16, args.bf16):
+            with torch.autocast(x.device.type, torch.bfloat16, args.precision == "bf16"):
                 fake = G(draw_z(args, len(real)))
                 on_real, on_fake = D(real), D(fake)
             # D: max log D(x) + log(1 - D(G(z))), halved as in the authors' code
@@ -251,134 +268,37 @@ def make_step(args, state):
 
 
 def train(args):
-    """Train for --epochs, from RUN/last.pt if it is there, then paint the figures. Returns the run folder."""
+    """Train for --epochs, from last.pt if it is there, then show walks and neighbours. Returns the run folder."""
     images, state = load_images(args), build(args)
-    fixed_z = draw_z(args, 100)
-    with locked(args.run), signals() as stopped:
-        begun = resume(args, state, len(images))
-        every = math.ceil(args.epochs * len(images) / args.batch_size / args.k)
-        goal, drawer = max(begun, min(every, args.max_steps or math.inf)), state.get("G_mean", state["G"])
-        if not begun and args.net == "mnist":  # G's output starts at the mean image (as the authors' code)
-            state["G"].bias.data = to_x(args, images).mean(0).clamp(0.001, 0.999).logit()
-        update, row, saved = capture(make_step(args, state), args), (time.monotonic(), begun), time.monotonic()
-        for step, (epoch, x) in zip(range(begun + 1, goal + 1), batches(args, images, begun)):
-            if args.optimiser == "sgd":
-                for (group,) in (state["opt_D"].param_groups, state["opt_G"].param_groups):
-                    group["lr"].fill_(max(args.lr / 1.000004**step, 1e-6))
-                    group["momentum"].fill_(0.5 + 0.2 * min((epoch - 1) / 249, 1))
-            torch.manual_seed(hash((args.seed, step)) + RANK)  # z, dropout; so that an update is the same after a stop
-            losses = update(x)
-            if args.average:  # of all updates at first, later of about the last 1 / (1 - average)
-                latest = [weight.detach() for weight in state["G"].parameters()]
-                torch._foreach_lerp_([*drawer.parameters()], latest, max(1 - args.average, 1 / step))
-            ending = agreed(stopped)
-            saving = ending or step == goal or step % args.save_every == 0 or time.monotonic() - saved > 600
-            row = report(args, step, goal, epoch, losses, row, saving or step == begun + 1)
-            if saving and not RANK:
-                paint(args.run / "samples" / f"{step:07}.png", draw(args, drawer, fixed_z))
-                saved = save(args, state, step)
-            if ending:
-                break
-    with locked(args.run, 60):
-        if not (figure := args.run / "samples" / f"{goal:07}-nearest.png").exists():
-            paint(args.run / "samples" / f"{goal:07}-walk.png", draw_walk(args, drawer, fixed_z[:16]), 16)
-            paint(figure, beside_nearest(args, draw(args, drawer, fixed_z[:20]), images))
-    print(f"{args.run} is finished, {goal} updates: {figure} shows samples and the data; --fresh starts over")
-    return args.run
+    fixed_z, drawer = draw_z(args, 100), state.get("G_mean", state["G"])
+    run = Run(args, state, args.epochs * len(images))
+    if args.net == "mnist" and not (run.start_step or args.init):  # G's output starts at the mean image
+        state["G"].bias.data = to_x(args, images).mean(0).clamp(0.001, 0.999).logit()
+    update, loader = capture(make_step(args, state), args), batches(args, images, run.images_seen)
+    for step in range(run.start_step + 1, run.last_step + 1):
+        epoch, x = next(loader)
+        for name in ("opt_G", "opt_D") if args.optimiser == "sgd" else ():
+            state[name].param_groups[0]["lr"].fill_(max(args.lr / 1.000004**step, min(args.lr, 1e-6)))
+            state[name].param_groups[0]["momentum"].fill_(0.5 + 0.2 * min((epoch - 1) / 249, 1))
+        set_seed(args, step)  # of z and the dropout
+        losses = update(x)
+        if args.average:  # at first of all updates, later of about the last 1 / (1 - average)
+            weights = [weight.detach() for weight in state["G"].parameters()]
+            torch._foreach_lerp_(list(drawer.parameters()), weights, max(1 - args.average, 1 / step))
+        if run.report(step, epoch, losses):  # it is time to save
+            save_grid(args.out / "samples" / f"{step:07}.png", draw(args, drawer, fixed_z), ["G(z)"] * 10)
+            run.save_checkpoint(step)
+        if run.should_stop:
+            break
+    run.close()
+    save_walk(args, drawer, fixed_z[:16], args.out / "samples" / f"{run.last_step:07}-walk.png")
+    save_nearest(
+        args, draw(args, drawer, fixed_z[:20]), images, args.out / "samples" / f"{run.last_step:07}-nearest.png"
+    )
+    return args.out
 
 
-# -- the house -------------------------------------------------------------------------------------------------------
-
-
-def refuse(sentence):  # same as pix2pix.py
-    """Bad input ends in one sentence and exit status 2, by way of `main`."""
-    raise SystemExit(f"{SCRIPT}.py: {sentence}")
-
-
-@contextlib.contextmanager
-def blame(what):  # same as pix2pix.py
-    """Refuse `what` if anything goes wrong with it: what others wrote or sent fails in many ways."""
-    try:
-        yield
-    except Exception as error:
-        error = error.__context__ if isinstance(error.__context__, OSError) else error  # torch.save hides a full disk
-        refuse(f"{what} ({str(error).partition(chr(10))[0].partition('. ')[0] or type(error).__name__:.500})")
-
-
-@contextlib.contextmanager
-def replacing(path):  # same as pix2pix.py
-    """A file to write to, which becomes `path` when it is whole and on the disk, and otherwise leaves nothing."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    with blame(f"{path} cannot be written"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(part, "wb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def locked(path, wait=0):  # same as pix2pix.py
-    """Only one process at a time is in here for a `path`: others wait so many seconds, then are refused.
-
-    However a process ends, it leaves. Where nothing can be written, all are let in.
-    """
-    whole = Path(os.path.realpath(path))
-    lock = FileLock(whole.with_name(f".{whole.name.lstrip('.')}.lock"), timeout=wait)
-    with contextlib.ExitStack() as held:
-        if wait or not RANK:  # a run folder is the first process's
-            try:
-                whole.parent.mkdir(parents=True, exist_ok=True)
-                held.enter_context(lock)
-            except Timeout:
-                refuse(f"{path} is in use by another process: wait for its end, or stop it")
-            except OSError:
-                pass
-        yield
-
-
-@contextlib.contextmanager
-def signals():  # same as pix2pix.py
-    """A list onto which SIGINT and SIGTERM are put, so that the loop can save; then they end the script.
-
-    Of several processes all but the first end here in any case.
-    """
-    caught, kinds = [], (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(kind, lambda number, frame: caught.append(number)) for kind in kinds]
-    try:
-        yield caught
-    finally:
-        for kind, handler in zip(kinds, before):
-            signal.signal(kind, handler)
-    if WORLD > 1:
-        dist.destroy_process_group()
-    if caught or RANK:
-        sys.exit(128 + caught[0] if caught else 0)
-
-
-def settle(args, zeros):
-    """Check that numbers are from 1 up, or 0 for those named in `zeros`; settle --run, --device and precision."""
-    limits = {int: 2**63, float: math.inf}
-    for name, value in vars(args).items():
-        least = 0 if name in zeros else 1
-        if type(value) in limits and not least <= value < limits[type(value)]:
-            refuse(f"--{name.replace('_', '-')} {value}: give a number from {least} up, below {limits[type(value)]}")
-    args.run = args.run or Path("runs", f"{SCRIPT}-{os.path.basename(os.path.realpath(args.data))}")
-    if args.batch_size % WORLD:
-        refuse(f"--batch-size {args.batch_size}: give a multiple of {WORLD}, the number of processes")
-    if WORLD > 1 and torch.accelerator.is_available():
-        torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
-    args.device = args.device or str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
-    with blame(f"--device {args.device} is not to be had on this machine: leave it out to use what there is"):
-        args.device = str(torch.zeros(1, device=args.device).device)
-    units = [name for name, there in torch.cpu.get_capabilities().items() if there] if args.device == "cpu" else []
-    fast = {"avx512_bf16", "amx_bf16"} & {*units} or "cuda" in args.device and torch.cuda.is_bf16_supported(False)
-    args.bf16 = args.precision == "bf16" or args.precision == "auto" and bool(fast)
-    return args
+# -- data and pictures -----------------------------------------------------------------------------------------------
 
 
 def digits(count, seed, size=28):
@@ -386,11 +306,9 @@ def digits(count, seed, size=28):
 
     Ten glyphs of 5x7 dots under random affine maps, with random stroke width and noise.
     """
-    rng, rows = (
-        np.random.default_rng(seed),
-        "ehhhhhe 4c4444e eh1248v v2421he 26aiv22 vgu11he 68guhhe v124888 ehhehhe ehhf12c",
-    )
-    glyphs = [[[int(dots, 32) >> i & 1 for i in range(4, -1, -1)] for dots in rows] for rows in rows.split()]
+    rng = np.random.default_rng(seed)
+    rows = "ehhhhhe 4c4444e eh1248v v2421he 26aiv22 vgu11he 68guhhe v124888 ehhehhe ehhf12c"  # of dots, base 32
+    glyphs = [[[int(dots, 32) >> i & 1 for i in range(4, -1, -1)] for dots in glyph] for glyph in rows.split()]
     labels, (turn, slant) = rng.integers(0, 10, count), rng.uniform(-0.2, 0.2, (2, count))
     wide, high = rng.uniform(1.3, 1.9, count), rng.uniform(1.1, 1.4, count)
     maps = np.array([[wide * np.cos(turn), wide * (slant - np.sin(turn)), rng.uniform(-0.25, 0.25, count)],
@@ -402,297 +320,285 @@ def digits(count, seed, size=28):
     return torch.from_numpy(pixels.clip(0, 255).astype(np.uint8)), torch.from_numpy(labels)
 
 
-def fetched(args, name, **how):
-    """torchvision's data set of that name, which lies below --data-root or is downloaded to there."""
-    kind = getattr(datasets, name)
-    host = getattr(kind, "mirrors", [getattr(kind, "url", "its host")])[0]
-    by_hand = f"put it below --data-root {args.data_root} as torchvision's {name} has it"
-    socket.setdefaulttimeout(60)  # seconds of silence
-    with blame(f"{args.data} cannot be had from {host}: {by_hand}"):
-        args.data_root.mkdir(parents=True, exist_ok=True)
-        return kind(args.data_root, **how or {"download": True})
-
-
 def load_images(args):
     """The training images on the device, uint8 (N, channels, size, size)."""
+    args.images, shape = args.data, (args.size, args.size)  # a run belongs to its images
     if args.data == "toy":
         images = digits(10000, 0, args.size)[0]
-    elif args.data in SETS:  # the first five sixths or four fifths, as the authors' code
-        name, kept = {"mnist": ("MNIST", 50000), "fashion-mnist": ("FashionMNIST", 50000)}.get(
-            args.data, ("CIFAR10", 40000)
-        )
-        images = torch.as_tensor(fetched(args, name).data[:kept])
-        images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2)
-        images = resize(images, [args.size, args.size])
-    elif not Path(args.data).is_dir():
-        refuse(f"--data {args.data} is no folder and none of {', '.join(SETS)}")
+    elif args.data in SETS:  # the first five sixths or four fifths, as in the authors' code
+        kind, count = READERS[args.data]
+        with explain_errors(f"{args.data} cannot be downloaded: put torchvision's files for it into {args.data_root}"):
+            images = torch.as_tensor(kind(args.data_root, download=True).data[:count])
+        images = resize(images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2), shape)
     else:
-
-        def fitted(file):
-            return pil_to_tensor(ImageOps.fit(flatten(read_image(file), args.channels), (args.size, args.size)))
-
-        found = [tried(args, fitted, file) for file in find_images(Path(args.data)).values()]
-        found = [image for image in found if image is not None]
-        images = torch.stack(found or refuse(f"{args.data} holds no readable image"))
-    return images.expand(-1, args.channels, -1, -1).to(args.device)
+        found, mode = find_images(Path(args.data)), "RGB" if args.channels == 3 else "L"
+        files = [file for split, _, file in found if split == "train"] or fail(f"{args.data} has no training images")
+        sizes = [(file.name, file.stat().st_size) for file in files]
+        args.images = hashlib.sha256(repr(sizes).encode()).hexdigest()[:12]
+        kind = f"{args.size}x{args.size} {'gray' if mode == 'L' else 'RGB'}"
+        print(f"{args.data}: {len(files)} of {len(found)} images are for training; they are turned to {kind}")
+        squares = [ImageOps.fit(read_image(file).convert(mode), shape) for file in files]
+        images = torch.stack([pil_to_tensor(square) for square in squares])
+    images = rgb_to_grayscale(images) if args.channels == 1 else images.expand(-1, 3, -1, -1)
+    return images.to(args.device)
 
 
 def to_x(args, pixels):
-    """uint8 (N, C, S, S) to [0, 1]; for CIFAR-10's networks each image to mean 0 and variance 1."""
+    """uint8 (N, C, size, size) to [0, 1]; for CIFAR-10's networks each image to mean 0 and variance 1."""
     x = pixels / 255
     if args.net != "mnist":
         x = (x - x.mean((1, 2, 3), keepdim=True)) / x.std((1, 2, 3), keepdim=True).clamp(0.01)
     return x
 
 
-def batches(args, images, step):
-    """Yields epoch and x (k * B, C, S, S) for each update after `step`, in an order drawn from the seed alone."""
-    orders = functools.lru_cache(2)(lambda epoch: np.random.default_rng([args.seed, epoch]).permutation(len(images)))
-    size = args.batch_size * args.k  # which may reach into the next epoch
-    for first in itertools.count(step * size, size):
-        chosen = [orders(k // len(images))[k % len(images)] for k in range(first + RANK, first + size, WORLD)]
-        yield first // len(images) + 1, to_x(args, images[torch.tensor(np.array(chosen), device=args.device)])
+def batches(args, images, images_seen):
+    """Yields epoch and x (k * B, C, size, size), without end: here goes a data loader of your own."""
+
+    def order(number):  # of a pass over the images; it stays on the device
+        return torch.from_numpy(np.random.default_rng([args.seed, number]).permutation(len(images))).to(args.device)
+
+    size = args.k * args.batch_size
+    number, start = divmod(images_seen, len(images))
+    queue = order(number)[start:]
+    for first in itertools.count(images_seen, size):
+        while len(queue) < size:  # a batch may reach into the next passes
+            number += 1
+            queue = torch.cat([queue, order(number)])
+        yield first // len(images) + 1, to_x(args, images[queue[:size]])
+        queue = queue[size:]
 
 
 @torch.no_grad()
 def draw(args, G, z):
     """The images G(z), uint8 (N, channels, size, size)."""
-    with torch.autocast(z.device.type, torch.bfloat16, args.bf16):
+    with torch.autocast(z.device.type, torch.bfloat16, args.precision == "bf16"):
         x = torch.cat([G(part).float() for part in z.split(1000)])
     x = x if args.net == "mnist" else x / 4 + 0.5  # the mean and about the contrast of a usual photo
     return (x.clamp(0, 1) * 255).round().byte().cpu()
 
 
-def draw_walk(args, G, z):
-    """Straight lines, sixteen images each, from one half of z (2 * N, nz) to the other (Fig. 3)."""
+def save_grid(path, images, titles):
+    """Write uint8 images (C, size, size) as one PNG, enlarged, in columns under their titles."""
+    zoom = max(1, 112 // images[0].shape[2])
+    cells = torch.stack(list(images)).repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
+    sheet = ImageOps.expand(to_pil_image(make_grid(cells, len(titles), pad_value=255)), (0, 18, 0, 0), "white")
+    for i, title in enumerate(titles):
+        ImageDraw.Draw(sheet).text((4 + i * (cells.shape[3] + 2), 2), title, "black", font_size=14)
+    atomic_write(path, sheet.save)
+
+
+def save_walk(args, G, z, path):
+    """Straight lines, sixteen images each, from the first half of z (2 * N, nz) to the second (Fig. 3)."""
     way = torch.linspace(0, 1, 16, device=z.device)[:, None]
-    return draw(args, G, torch.lerp(*z.view(2, -1, 1, args.nz), way).flatten(0, 1))
+    walk = torch.lerp(*z.view(2, -1, 1, args.nz), way).flatten(0, 1)  # (N * 16, nz)
+    save_grid(path, draw(args, G, walk), ["G(z)", *[""] * 14, "G(z')"])
 
 
-def beside_nearest(args, samples, images):
-    """Each of `samples` followed by the training image nearest to it in squared distance of pixels (Fig. 2)."""
-    data, found = to_x(args, images).flatten(1), []
-    for x in to_x(args, samples.to(args.device)).flatten(1):
-        found.append(images[(data - x).square().sum(1).argmin()].cpu())
-    return torch.stack([samples, torch.stack(found)], 1).flatten(0, 1)
+def save_nearest(args, samples, images, path):
+    """Each of `samples` beside the training image nearest to it in squared distance of pixels (Fig. 2)."""
+    data, cells = to_x(args, images).flatten(1), []
+    for sample, x in zip(samples, to_x(args, samples.to(args.device)).flatten(1)):
+        nearest = (data - x).square().sum(1).argmin()
+        cells += [sample, images[nearest].cpu()]
+    save_grid(path, cells, ["sample", "nearest in data"] * 5)
 
 
-def paint(path, images, across=10):
-    """Write uint8 images (N, C, S, S) as one PNG, `across` in a row."""
-    with replacing(path) as file:
-        to_pil_image(make_grid(images, across, pad_value=128)).save(file, "PNG")
+def load_generator(run, device="cpu"):
+    """G of a run folder, z (N, nz) to x (N, C, size, size) as in `Generator`: G_mean, where the run has it."""
+    checkpoint = load_checkpoint(run)
+    settings = argparse.Namespace(**checkpoint["settings"])
+    with explain_errors(f"{run}/last.pt is damaged"), torch.device("meta"):  # the weights are those of the file
+        G = Generator(settings.net, settings.nz, settings.ngf, settings.channels, settings.size)
+        G.load_state_dict(checkpoint.get("G_mean", checkpoint["G"]), assign=True)
+    G.settings = settings
+    return G.to(device)
 
 
 def sample(args):
-    """Draw --sample images by RUN/last.pt into a folder of PNGs, beside it a sheet and a walk. Returns the folder."""
-    path, to, seed = args.run / "last.pt", swept(args.to or args.run / "sampled"), args.seed
-    checkpoint = read_checkpoint(path, args.device)
-    with blame(f"{path} is damaged"), Budget(path.stat().st_size + 2**20), warnings.catch_warnings(action="ignore"):
-        args = argparse.Namespace(**vars(args) | checkpoint["settings"])
-        G = build(args)["G"]
-        for name in ("G", "G_mean") if "G_mean" in checkpoint else ("G",):
-            G.load_state_dict(checkpoint[name])
-    torch.manual_seed(seed)
-    images, walk = draw(args, G, draw_z(args, args.sample)), draw_walk(args, G, draw_z(args, 16))
-    for i, image in enumerate(images):
-        with replacing(to / f"{i:05}.png") as file:
-            to_pil_image(image).save(file, "PNG")
-    paint(to.with_name(f"{to.name}-sheet.png"), images[:100])
-    paint(to.with_name(f"{to.name}-walk.png"), walk, 16)
-    print(f"drew {len(images)} images into {to}, with {to.name}-sheet.png and {to.name}-walk.png beside it")
+    """Draw --sample images with a trained G, and beside their folder a walk. Returns the folder."""
+    G, to = load_generator(args.out, args.device), args.to or args.out / "sampled"
+    args.net, args.nz = G.settings.net, G.settings.nz
+    torch.manual_seed(args.seed)
+    for i, image in enumerate(draw(args, G, draw_z(args, args.sample))):
+        atomic_write(to / f"{i:05}.png", to_pil_image(image).save)
+    save_walk(args, G, draw_z(args, 16), to.with_name(f"{to.name}-walk.png"))
+    print(f"{args.sample} images are drawn into {to}, and a walk between codes into {to.name}-walk.png beside it")
     return to
 
 
-def tried(args, read, item):  # same as pix2pix.py
-    """read(item); with --skip-bad None, if it is refused, which is then said."""
+# -- the same in all six scripts -------------------------------------------------------------------------------------
+
+
+def fail(sentence):
+    """End the script with one sentence that says what to mend."""
+    raise SystemExit(f"{SCRIPT}: {sentence}")
+
+
+@contextlib.contextmanager
+def explain_errors(sentence):
+    """Whatever goes wrong inside ends the script with `sentence` and the cause."""
     try:
-        return read(item)
-    except SystemExit as refusal:
-        if not args.skip_bad:
-            raise
-        print(f"left out: {refusal}", flush=True)
+        yield
+    except Exception as error:
+        cause = str(error).partition("\n")[0].partition(". ")[0]
+        fail(f"{sentence} ({cause or type(error).__name__})")
 
 
-def find_images(path):  # same as pix2pix.py
-    """{name: file} of all images below a folder, or of a file; a name keeps its suffix where it would be another's."""
-    suffixes, found = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"), {}
-    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-        name = file.relative_to(path if path.is_dir() else path.parent).as_posix()
-        stem = name.removesuffix(file.suffix)
-        if file.suffix.lower() in suffixes and "/." not in f"/{name}":  # nothing hidden
-            found[name if stem in found else stem] = file
-    return found or refuse(f"{path} holds no images ({', '.join(suffixes)})")
+def atomic_write(path, write):
+    """Let `write` make a file beside `path`, then rename it: it is there as a whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".part-{path.name}")
+    write(part)
+    os.replace(part, path)
 
 
-def read_image(path):  # same as pix2pix.py
-    """An image of any usual kind as a Pillow image: upright, with 8 bits, grey, RGB or RGBA."""
-    if not path.is_file():  # a pipe would be waited for without end
-        refuse(f"{path} is no file, or a link to none")
-    with blame(f"{path} cannot be read as an image"), Image.open(path) as file:
-        if file.mode == "F":
-            raise ValueError("it has floating-point pixels: save it with 8 or 16 bits")
-        image = ImageOps.exif_transpose(file)
-        if image.mode[0] == "I":  # 16 bits
-            image = Image.fromarray(np.uint8(np.asarray(image).clip(0, 65535) // 257))
-        return image.convert("RGBA" if image.has_transparency_data else "L" if image.mode in ("1", "L") else "RGB")
+def check_args(args, may_be_zero):
+    """Check --data and the numbers; choose the run folder, the device and the precision."""
+    if args.data not in SETS and not Path(args.data).is_dir():
+        fail(f"--data {args.data} is neither a folder nor one of {', '.join(SETS)}")
+    for name, value in vars(args).items():
+        if type(value) in (int, float) and not (0 < value < math.inf or value == 0 and name in may_be_zero):
+            fail(f"--{name.replace('_', '-')} {value}: give a number above 0")
+    args.out = args.out or Path("runs", f"{SCRIPT}-{Path(args.data).resolve().name}")
+    device = args.device or torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    with explain_errors(f"--device {device} is not on this machine"):
+        args.device = str(torch.empty(1, device=device).device)
+    units = torch.cpu.get_capabilities() if args.device == "cpu" else {"cuda": torch.cuda.is_bf16_supported(False)}
+    if args.precision == "auto":
+        args.precision = "bf16" if any(map(units.get, ("avx512_bf16", "amx_bf16", "cuda"))) else "fp32"
 
 
-def flatten(image, channels):  # same as pix2pix.py
-    """A Pillow image in 1 to 4 channels; what is transparent shows white if there is no channel for it."""
-    if image.mode == "RGBA" and channels % 2:
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert(("L", "LA", "RGB", "RGBA")[channels - 1])
+class Run:
+    """The run folder: resumes and saves `state`, logs, and stops on a signal. One process owns it at a time."""
+
+    def __init__(self, args, state, images):
+        """Resume from last.pt, if it is there, with the settings in FIXED unchanged. `images` are shown in all."""
+        self.args, self.state, self.signal, self.last_save, self.should_stop = args, state, 0, 0, 0
+        self.lock, self.log, last = FileLock(args.out / ".lock"), args.out / "log.jsonl", args.out / "last.pt"
+        with explain_errors(f"{args.out} is in use by another process"):
+            self.lock.acquire(timeout=0)
+        for old in [last, *args.out.glob("samples/*.png")] if args.fresh else []:
+            old.unlink(missing_ok=True)
+        self.settings = {name: value for name, value in vars(args).items() if not isinstance(value, Path)}
+        self.settings["script"] = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
+        self.batch = args.batch_size * vars(args).get("k", 1)  # images in a step
+        new = {"settings": {}, "step": 0, "images_seen": 0, "log_size": 0}
+        saved = [load_checkpoint(args.out) if last.exists() else new]
+        if args.init and not last.exists():
+            weights = load_checkpoint(args.init)
+            saved = [new | {name: weights[name] for name in state if not name.startswith(("opt", "pool"))}]
+        origin = last if last.exists() or not args.init else f"--init {args.init}"
+        with explain_errors(f"{origin} does not fit, or is damaged; --fresh starts over"):
+            self.resume(**saved[0])
+        goal = self.start_step + math.ceil((images - self.images_seen) / self.batch)
+        self.last_step = max(self.start_step, min(goal, args.max_steps or goal))
+        (args.out / "config.json").write_text(json.dumps(self.settings | {"torch": torch.__version__}, indent=2))
+        begin = "resuming" if self.start_step else "starting"
+        print(f"{begin} {args.out} at step {self.start_step} of {self.last_step}, {args.device}, {args.precision}")
+        numbers = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # as nohup sets it
+        self.handlers = {number: signal.signal(number, self.on_signal) for number in numbers}
+        bar = functools.partial(tqdm, unit="step", delay=1, mininterval=2, file=sys.stdout)
+        self.bar = bar(initial=self.start_step, total=self.last_step)
+
+    def on_signal(self, number, frame):
+        self.signal = number
+
+    def resume(self, settings, step, images_seen, log_size, script=METHOD, **parts):
+        """Go on from a checkpoint, whose networks, optimizers and pools are `parts`; cut the log to it."""
+        self.start_step, self.images_seen = int(step), int(images_seen)
+        for name, old in settings.items():
+            new, option = self.settings.get(name), name.replace("_", "-").replace("source", "from")
+            if old != new and name in FIXED:
+                fail(f"{self.args.out} has other {option}, {old}: repeat that, or give --fresh or another --out")
+            if old != new:
+                print(f"{self.args.out}: {option} was {old}, is {new}")
+        with open(self.log, "a") as log:
+            log.truncate(min(log.tell(), log_size))
+        if step and parts.keys() != self.state.keys():
+            raise ValueError("it is not whole")
+        for name, part in parts.items():
+            if name.startswith("opt"):  # with the rate and the device of now
+                part["param_groups"] = self.state[name].state_dict()["param_groups"]
+            self.state[name].load_state_dict(part)
+
+    def report(self, step, epoch, losses):
+        """Log the losses every two seconds. Returns whether to save now. A loss that is not finite ends the run."""
+        args, number, elapsed = self.args, torch.tensor(self.signal), self.bar.format_dict["elapsed"]
+        self.should_stop, self.images_seen = number.item(), self.images_seen + self.batch
+        due = step % args.save_every == 0 if args.save_every else elapsed - self.last_save > 600
+        save = due or self.should_stop or step == self.last_step
+        shown = False
+        with contextlib.suppress(OSError):  # a terminal or pipe may be closed
+            shown = self.bar.update()
+        if shown or save:
+            losses = {name: loss.item() for name, loss in losses.items()}  # waits for the device
+            if not all(map(math.isfinite, losses.values())):
+                fail(f"a loss is not finite at step {step}: {losses}; last.pt is kept; try a lower --lr")
+            rate = (step - self.start_step) * self.batch / elapsed
+            with open(self.log, "a") as log:
+                log.write(json.dumps({"step": step, "epoch": epoch, **losses, "images_per_s": rate}) + "\n")
+            self.bar.set_postfix(losses, images_per_s=rate, refresh=False)
+        return save
+
+    def save_checkpoint(self, step):
+        """Write last.pt."""
+        checkpoint = {name: part.state_dict() for name, part in self.state.items()}
+        checkpoint |= {"script": METHOD, "settings": self.settings, "step": step, "images_seen": self.images_seen}
+        checkpoint["log_size"] = self.log.stat().st_size
+        atomic_write(self.args.out / "last.pt", lambda part: torch.save(checkpoint, part))
+        self.last_save = self.bar.format_dict["elapsed"]
+
+    def close(self):
+        """Leave the run folder, and the script if it got a signal."""
+        self.lock.release()
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        with contextlib.suppress(OSError):
+            self.bar.close()
+            print(f"{self.args.out} is saved at step {self.bar.n} of {self.last_step}; pictures are in its samples/")
+        if self.should_stop:
+            sys.exit(128 + self.should_stop)
 
 
-def swept(to):  # same as pix2pix.py
-    """The folder `to`, without what a kill left half-written there or beside it."""
-    to = to if to.name else to.resolve()
-    for folder, parts in ((to, "**/*"), (to.parent, f"{to.name}-*"), (to.with_name(f"{to.name}-figures"), "*")):
-        for part in folder.glob(f"{parts}.png.*.part"):
-            part.unlink(missing_ok=True)
-    return to
+def set_seed(args, step):
+    """Random numbers on the device depend on --seed and the step alone, so that a resumed run is the same run."""
+    generators = torch.cuda if "cuda" in args.device else torch  # torch would seed every backend, which takes longer
+    generators.manual_seed(hash((args.seed, step)))
 
 
-def save(args, state, step):  # same as pix2pix.py
-    """Write RUN/last.pt, to go on from or to use, unless a weight is not finite. Returns the time."""
-    if not all(weight.isfinite().all() for part in state.values() for weight in getattr(part, "parameters", list)()):
-        refuse(f"update {step} made weights that are not finite; {args.run}/last.pt stays as it was: {ADVICE}")
-    checkpoint = {"script": SCRIPT, "version": 1, "step": step, "settings": args.settings}
-    with replacing(args.run / "last.pt") as file:
-        torch.save(checkpoint | {name: part.state_dict() for name, part in state.items()}, file)
-    return time.monotonic()
+def load_checkpoint(run):
+    """The dict in RUN/last.pt, on the CPU. No code in it is run."""
+    path = Path(run, "last.pt")
+    if not path.exists():
+        fail(f"there is no {path}: train first, or give another --out")
+    with explain_errors(f"{path} is not a checkpoint of {METHOD}"):
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if checkpoint["script"] != METHOD:
+            raise ValueError(f"it is one of {checkpoint['script']}")
+    return checkpoint
 
 
-def read_checkpoint(path, device, sent=None):  # same as pix2pix.py
-    """The dict that `save` wrote, to `path` or in the bytes `sent`; no code that it may hold is run."""
-    with (
-        blame(f"{path} cannot be used as a checkpoint of {SCRIPT}.py"),
-        warnings.catch_warnings(action="ignore"),
-        io.BytesIO(sent) if sent else open(path, "rb") as file,
-    ):
-        with zipfile.ZipFile(file) as parts:  # torch checks no checksum, and unpacks whatever it is given
-            if any(part.compress_type for part in parts.infolist()) or parts.testzip():
-                raise ValueError("it was changed after it was written")
-        file.seek(0)
-        checkpoint = torch.load(file, map_location=device, weights_only=True)
-        if (checkpoint["script"], checkpoint["version"]) != (SCRIPT, 1):
-            raise ValueError(f"it is one of {checkpoint['script']}.py, version {checkpoint['version']}")
-        return checkpoint
-
-
-class Budget(TorchDispatchMode):  # same as pix2pix.py
-    """Refuses to make new tensors of more than so many bytes: settings from elsewhere may ask for any."""
-
-    def __init__(self, size):
-        super().__init__()
-        self.left = size
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        made = func(*args, **kwargs or {})
-        if isinstance(made, torch.Tensor) and not any(isinstance(arg, torch.Tensor) for arg in args):
-            self.left -= made.nbytes
-            if self.left < 0:
-                raise ValueError("its settings are of larger networks than it holds")
-        return made
-
-
-def resume(args, state, count):  # same as pix2pix.py
-    """Make RUN, or go on with it: load RUN/last.pt if it is there. Returns the step it was saved at, or 0."""
-    now = {name: value for name, value in vars(args).items() if name not in FREE.split()}  # others may not change
-    now = args.settings = now | {"data": Path(args.data).resolve().name, "count": count}
-    olds = (args.run.with_name(f"{args.run.name}.old-{n}") for n in itertools.count(1))
-    if args.fresh and args.run.exists() and not RANK:
-        with blame(f"{args.run} cannot be moved aside for --fresh"):
-            args.run.rename(next(old for old in olds if not old.exists()))
-    path, log, step = args.run / "last.pt", args.run / "log.jsonl", 0
-    sent = joined(state, path)
-    if sent or WORLD == 1 and path.exists():
-        then = read_checkpoint(path, args.device, sent)
-        with blame(f"{path} is damaged: --fresh starts over and keeps it"), warnings.catch_warnings(action="ignore"):
-            old, step = then["settings"], int(then["step"])
-            names = [name for name in now | old if (now.get(name) or 0) != (old.get(name) or 0)]  # a new one was off
-            if differ := [f"{name} {old.get(name, 0)!s:.99}" for name in names]:
-                refuse(f"{args.run} was begun with {', '.join(differ)}: repeat that, or start over with --fresh")
-            for name, part in state.items():
-                fresh = len(getattr(part, "state", {}))
-                if isinstance(part, torch.optim.Optimizer):  # with the settings of now, for the device of now
-                    then[name]["param_groups"] = part.state_dict()["param_groups"]
-                part.load_state_dict(then[name])
-                forms = [  # what an optimiser keeps of a weight; of each the same
-                    {(key, x.dtype, x.layout, x.shape != weight.shape and x.shape) for key, x in kept.items()}
-                    for weight, kept in getattr(part, "state", {}).items()
-                ]
-                if len(forms) < fresh or any(form != forms[0] for form in forms):
-                    raise ValueError(f"{name} is of another form")
-    if RANK:
-        return step
-    for part in args.run.rglob("*.part"):  # of a file that a kill cut off
-        part.unlink()
-    with replacing(args.run / "config.json") as file:
-        file.write(json.dumps(now | {"torch": torch.__version__}, indent=2).encode())
-    with blame(f"{log} is damaged: delete it"), replacing(log) as file:  # what came after last.pt will come again
-        rows = log.read_text().splitlines(keepends=True) if log.exists() else []
-        file.writelines(row.encode() for row in rows if row.endswith("\n") and json.loads(row)["step"] <= step)
-    return step
-
-
-def joined(state, path):  # same as pix2pix.py
-    """One of the processes of torchrun becomes one of many. Returns what the first has at `path`, or None.
-
-    From now on optimisers take the mean of the gradients over all processes.
-    """
-    if WORLD == 1:
-        return None
-    with blame("the other processes cannot be reached: start all of them with torchrun"):
-        dist.init_process_group()
-    for part in state.values():
-        if isinstance(part, torch.optim.Optimizer):
-            part.register_step_pre_hook(average)
-    sent = [path.read_bytes() if path.exists() and not RANK else None]
-    dist.broadcast_object_list(sent)
-    return sent[0]
-
-
-def average(optimiser, *_):  # same as pix2pix.py
-    """Make the gradients that an optimiser is about to take those of the whole batch, in one message."""
-    grads = [weight.grad for group in optimiser.param_groups for weight in group["params"] if weight.grad is not None]
-    if grads:
-        flat = nn.utils.parameters_to_vector(grads)
-        dist.all_reduce(flat)
-        nn.utils.vector_to_parameters(flat / WORLD, grads)
-
-
-def agreed(stopped):  # same as pix2pix.py
-    """Whether any of the processes was sent a signal, so that all stop at the same update; `stopped` has it then."""
-    if WORLD > 1:
-        dist.all_reduce(last := torch.tensor(stopped[-1] if stopped else 0), dist.ReduceOp.MAX)
-        stopped += [last.item()] * (last.item() > 0)
-    return bool(stopped)
-
-
-def capture(step, args):  # same as pix2pix.py
-    """On CUDA `step` as one recorded graph, without a launch a kernel: three calls warm it up, the fourth records it.
-
-    Later ones replay it with new inputs of the same shapes; what they return is overwritten by the next call.
-    """
+def capture(step, args):
+    """On CUDA, `step` as one CUDA graph: the fourth call records it, later ones replay it and overwrite its losses."""
+    if "cuda" in args.device:
+        torch.set_float32_matmul_precision("high")  # TF32, which convolutions have anyway
+        torch.backends.cudnn.benchmark = True
     if "cuda" not in args.device or args.no_capture:
         return step
-    graph, stream, still, losses = torch.cuda.CUDAGraph(), torch.cuda.Stream(args.device), [], {}
-    calls, current = itertools.count(1), torch.cuda.current_stream(args.device)
+    graph, stream, calls, inputs, losses = torch.cuda.CUDAGraph(), torch.cuda.Stream(), itertools.count(), [], {}
 
     def replay(*batch):
-        if (call := next(calls)) < 4:
-            stream.wait_stream(current)
+        if next(calls) < 3:  # warm up
+            stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
-                found = step(*batch)
-            current.wait_stream(stream)
-            return found
-        if call == 4:
-            still.extend(part.clone() for part in batch)
-            with blame("an update cannot be recorded as a CUDA graph here: use --no-capture"):
-                with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-                    losses.update(step(*still))
-        for kept, new in zip(still, batch):
+                losses.update(step(*batch))
+            torch.cuda.current_stream().wait_stream(stream)
+            return losses
+        if not inputs:
+            inputs.extend(tensor.clone() for tensor in batch)
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                losses.update(step(*inputs))
+        for kept, new in zip(inputs, batch):
             kept.copy_(new)
         graph.replay()
         return losses
@@ -700,59 +606,45 @@ def capture(step, args):  # same as pix2pix.py
     return replay
 
 
-def report(args, step, goal, epoch, losses, last, must):  # same as pix2pix.py
-    """Print and log the losses now and then, or if it `must`. Takes and returns time and step of the `last` row."""
-    now, terminal = time.monotonic(), sys.stdout.isatty()
-    due = must or now - last[0] > (1 if terminal else 10)
-    if due or args.device == "cpu":  # elsewhere reading a loss makes the host wait for the device
-        losses = {name: loss.item() for name, loss in losses.items()}
-        if not all(map(math.isfinite, losses.values())):
-            refuse(f"update {step} has a loss that is not finite, {losses}; last.pt stays as it was: {ADVICE}")
-    if not due or RANK:
-        return last
-    rate = (step - last[1]) * args.batch_size / (now - last[0])
-    with blame(f"{args.run}/log.jsonl cannot be written"), open(args.run / "log.jsonl", "a") as log:
-        log.write(json.dumps({"step": step, "epoch": epoch, **losses, "images_per_s": rate}) + "\n")
-    left = timedelta(seconds=(goal - step) * args.batch_size // rate)
-    text = f"{step}/{goal} {rate:.3g} images/s {left} left " + " ".join(f"{n} {x:.3g}" for n, x in losses.items())
-    print(f"\r{text:<79.79}" if terminal else text, end="\n" if step == goal or not terminal else "", flush=True)
-    return now, step
+def find_images(folder, others=()):
+    """[(split, folders, file)] of all images below `folder`; the split is train, val or test if a folder says so."""
+    names = sorted(glob.glob("**/*.*", root_dir=folder, recursive=True))  # follows links, leaves out hidden files
+    runs = tuple(name.removesuffix("log.jsonl") for name in names if name.endswith("/log.jsonl"))
+    names, found = [name for name in names if not name.startswith(runs or "/")], []
+    images = [name for name in names if name.lower().endswith(IMAGES)]
+    left_out = len([name for name in names if not name.lower().endswith((*IMAGES, *others))])
+    if left_out:
+        print(f"{folder}: {left_out} files with other endings are left out")
+    for name in images:
+        *parts, _ = re.sub(r"\b(train|test|val)(id|idation)?[_-]?([AB]?)/", r"\1/\3/", name).split("/")
+        splits = [part for part in parts if part in ("train", "val", "test")] or ["train"]
+        if len({*splits}) > 1:
+            fail(f"{folder}/{name} is in two splits")
+        found.append((splits[0], "/".join(part for part in parts if part not in ("", *splits)), Path(folder, name)))
+    return found or fail(f"{folder} has no images ({', '.join(IMAGES)})")
 
 
-def first_to_say():  # same as pix2pix.py
-    """Whether no other process of torchrun has said a sentence: one is enough."""
-    with contextlib.suppress(Exception):
-        return WORLD == 1 or next(dist.rendezvous("env://", timeout=timedelta(seconds=9)))[0].add("said", 1) == 1
-    return True
+def read_image(file):
+    """An image as RGB with 8 bits, upright, transparent pixels on white."""
+    with explain_errors(f"{file} cannot be used as an image"), Image.open(file) as image:
+        more_bands = 0 in getattr(image, "tag_v2", {}).get(338, ())  # of a TIFF, and not alpha
+        if image.mode not in MODES or more_bands or getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
+            raise ValueError(f"mode {image.mode}; give 8 or 16 bits, gray or RGB, one page")
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I;16"):
+            image = Image.fromarray(np.uint8(np.asarray(image) // 257))
+            if image.getextrema()[1] < 32:
+                warnings.warn("a 16-bit image is almost black: scale its pixels to 0 to 65535", stacklevel=2)  # once
+        if image.has_transparency_data:
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+        return image.convert("RGB")
 
 
 def main(argv=None):
-    """Train or sample; bad input, and what the machine refuses, end in one sentence and exit status 2."""
-    for kind in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(kind, lambda number, frame: sys.exit(128 + number))
-    warnings.filterwarnings("ignore", module="PIL")  # a refusal says it in one sentence
-    logging.getLogger("PIL").setLevel(100)
-    warnings.simplefilter("error", Image.DecompressionBombWarning)  # above 89 million pixels
-    getattr(sys.stdout, "reconfigure", dict)(errors="backslashreplace")  # files may have names that it cannot show
-    try:
-        args = get_args(argv)
-        if RANK and args.sample:  # one process is enough
-            return None
-        return (sample if args.sample else train)(args)
-    except (SystemExit, OSError, MemoryError, RuntimeError) as error:
-        status, said = getattr(error, "code", None), str(error).replace("\n", " ")
-        full = status is None and (isinstance(error, MemoryError) or "allocate" in said or "out of memory" in said)
-        lost = WORLD > 1 and isinstance(error, RuntimeError) and any(name in str(error) for name in ("gloo", "NCCL"))
-        if isinstance(status, int) or isinstance(error, RuntimeError) and not full and not lost:
-            raise
-        said = "out of memory: lower --batch-size or --size" if full else said
-        said = "another process has ended: repeat the command, it goes on from last.pt" if lost else said
-        if first_to_say():
-            print(f"{SCRIPT}.py: {said.removeprefix(f'{SCRIPT}.py: ')}", file=sys.stderr)
-        sys.exit(2)
+    """Train, or use what was trained."""
+    args = get_args(argv)
+    return sample(args) if args.sample else train(args)
 
 
 if __name__ == "__main__":
     main()
-    for number in (signal.SIGINT, signal.SIGTERM):  # while Python ends, an exception would be printed and lost
-        signal.signal(number, signal.SIG_DFL)
