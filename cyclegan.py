@@ -346,7 +346,7 @@ def load_sides(args):
             fail(f"{args.data} has {split} images in {[*sides]}; {LAYOUTS}")
     train, test = splits["train"], splits["test"] or splits["val"]
     counts = [f"{len(files)} {split}{side}" for split, sides in splits.items() for side, files in sides.items()]
-    print(f"{args.data}: {', '.join(counts)} images{'' if test else ', 16 of each side for the test too'}")
+    print(f"{args.data}: {', '.join(counts)} images{'' if test else ', up to 16 of each side for the test too'}")
     test, loaded = test or {side: files[:16] for side, files in train.items()}, []
     for split, size in ((train, args.load_size), (test, args.size)):
         read, channels = functools.partial(read_resized, args, size, "" in split), 6 if "" in split else 3
