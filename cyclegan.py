@@ -501,14 +501,14 @@ class Run:
         self.batch = args.batch_size * vars(args).get("k", 1)  # images in a step
         new = {"settings": {}, "step": 0, "images_seen": 0, "log_size": 0}
         saved = [load_checkpoint(args.out) if last.exists() else new]
-        if args.init and not last.exists():
-            weights = load_checkpoint(args.init)
-            saved = [new | {name: weights[name] for name in state if not name.startswith(("opt", "pool"))}]
         if WORLD > 1:  # the first process has the file
             dist.broadcast_object_list(saved)
-        origin = last if last.exists() or not args.init else f"--init {args.init}"
-        with explain_errors(f"{origin} does not fit, or is damaged; --fresh starts over"):
+        with explain_errors(f"{last} is damaged; --fresh starts over"):
             self.resume(**saved[0])
+        if args.init and not self.start_step:
+            with explain_errors(f"--init {args.init} has other networks"):
+                for name in [name for name in state if not name.startswith(("opt", "pool"))]:
+                    state[name].load_state_dict(load_checkpoint(args.init)[name])
         goal = self.start_step + math.ceil((images - self.images_seen) / self.batch)
         self.last_step = max(self.start_step, min(goal, args.max_steps or goal))
         (args.out / "config.json").write_text(json.dumps(self.settings | {"torch": torch.__version__}, indent=2))

@@ -189,8 +189,8 @@ ROWS = [
     ),
     Row(
         name="text2img",
-        tiny="--size 16 --load-size 19 --ngf 4 --ndf 4 --nef 8 --nif 8 --text 8 --nt 4 --nz 4 --average 1 --wrong 1"
-        " --near 1 --batch-size 4 --text-epochs 0 --precision fp32 --device cpu",
+        tiny="--size 16 --load-size 19 --ngf 4 --ndf 4 --nef 8 --nif 8 --text 8 --nt 4 --nz 4 --average 1 --near 1"
+        " --batch-size 4 --text-epochs 0 --precision fp32 --device cpu",
         inputs={
             "G": lambda args: (images(2, args.nz), images(2, args.text)),
             "D": lambda args: (images(2, 3, args.size, args.size), images(2, args.text)),
@@ -200,12 +200,12 @@ ROWS = [
         resume="--size 16 --load-size 19 --ngf 4 --ndf 4 --nef 8 --nif 8 --text 8 --nt 4 --nz 4 --batch-size 3"
         " --text-epochs 1 --style-epochs 1 --text-lr 1e-4 --precision fp32 --device cpu",
         use=samples("{:05}.png", 16, "--prompt", "a red circle"),
-        changes=("--seed 1", "--size 32", "--load-size 20", "--text 16", "--nz 5", "--no-cls", "--no-int", "--wrong 2"),
+        changes=("--seed 1", "--size 32", "--load-size 20", "--text 16", "--nz 5", "--no-cls", "--no-int", "--near 2"),
         bad=(
             "--size 48",
             "--load-size 8",
             "--nef 0",
-            "--wrong 0",
+            "--near 0",
             "--text-lr -1",
             "--sample 5",
             "--prompt missing.txt",

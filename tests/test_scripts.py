@@ -354,7 +354,7 @@ def shared_block(name):
                     line for line in part.body if not (isinstance(line, ast.If) and "WORLD" in ast.unparse(line.test))
                 ]
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
-            found[node.name] = ast.unparse(node).replace(" and RANK == 0", "").replace(" + RANK", "")
+            found[node.name] = re.sub(r" (and RANK == 0|\+ RANK)|\n.*% WORLD", "", ast.unparse(node))
     return found
 
 
