@@ -689,8 +689,8 @@ def cache_images(args, groups, read, shape):
     with FileLock(f"{path}.lock"), ThreadPoolExecutor() as pool:
         if not path.exists():
             pixels = np.lib.format.open_memmap(f"{path}.part", "w+", np.uint8, (len(groups), *shape))
-            images = tqdm(pool.map(read, groups), f"decoding to {path}, {pixels.nbytes >> 20} MiB", len(groups))
-            for i, image in enumerate(images):
+            print(f"decoding {len(groups)} images to {path}, {pixels.nbytes >> 20} MiB")
+            for i, image in enumerate(tqdm(pool.map(read, groups), total=len(groups), delay=1, file=sys.stdout)):
                 pixels[i] = image
             os.replace(f"{path}.part", path)
     pixels = torch.from_numpy(np.load(path, mmap_mode="c"))
