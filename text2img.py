@@ -15,19 +15,15 @@ Last, G is fixed and S learns to find its z:  min_S |z - S(G(z, t))|^2          
     python text2img.py --data FOLDER                               # NAME.jpg with captions in NAME.txt, one a line
     python text2img.py --prompt "a large green circle on a red background" --sample 16
 
-Departures: the authors' code alone has residual branches (--no-residual leaves them out) and batch norm on D's text.
-All pairs pass D's last layers in one batch, and one pass serves both updates: in passes apart, as in their code, batch
-norm let D tell right from wrong by the batch instead of the pair. So sentences midway between two count in D's batch
-statistics, but not in its loss. V is a small network instead of a GoogLeNet; gradients of E and V are clipped, as they
-throw each other off. Codes are shifted and scaled to mean 0 and spread 1. S has D's layers, as the paper leaves them
-open. Toy takes the nearest of 32 wrong sentences (--near): most differ in a colour, so D learned little about the form.
+Departures: residual branches (--no-residual) and batch norm on D's text are in the authors' code alone. All pairs pass
+D's last layers in one batch, and one pass serves both updates: in passes apart, as in their code, batch norm let D tell
+right from wrong by the batch. V is a small network, not a GoogLeNet; gradients of E and V are clipped. Codes have mean
+0 and spread 1. Toy takes the nearest of 32 wrong sentences (--near): most differ in a colour, and D ignored the form.
 """
 
 import argparse
-import atexit
 import contextlib
 import copy
-import difflib
 import functools
 import glob
 import hashlib
@@ -36,12 +32,10 @@ import json
 import math
 import os
 import re
-import shutil
 import signal
 import sys
 import tempfile
 import textwrap
-import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -63,11 +57,7 @@ SETS = {  # the named sets, and which defaults each changes
     | dict(near=32, average=1, batch_size=32, lr=4e-4, text_lr=1e-3, text_epochs=20, epochs=80, style_epochs=4)
     | dict(halve_every=27, save_every=1000),
 }
-FIXED = (
-    "size load_size no_cls no_int no_residual text nt nz ngf ndf nef nif embeddings wrong near average white".split()
-)
-FIXED += ["seed", "other images"]
-LAYOUTS = "give NAME.txt beside NAME.jpg with a caption in each line, captions.jsonl, or a folder for each class"
+FIXED = "size load_size no_cls no_int no_residual text nt nz ngf ndf nef nif near average seed images".split()
 ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789-,;.!?:'\"/\\|_@#$%^&*~`+-=<>()[]{} "  # as in the authors' code
 INKS = {"red": (215, 40, 40), "green": (40, 160, 60), "blue": (45, 75, 215), "yellow": (240, 215, 50)}
 INKS |= {"white": (235, 235, 235), "black": (30, 30, 30), "pink": (245, 130, 190), "cyan": (70, 200, 215)}
@@ -81,7 +71,7 @@ SENTENCES = [
     "{3} background, {2} {1} {0}",
 ]
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
-SPLITS = {"train": "train", "test": "test", "val": "val", "valid": "val", "validation": "val"}  # names of folders
+MODES = "1 L LA P PA RGB RGBA CMYK I;16 I;16B".split()  # the Pillow images that 8 bits of red, green and blue can show
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
 
@@ -92,32 +82,29 @@ def get_args(argv=None):
     parser.formatter_class = functools.partial(argparse.ArgumentDefaultsHelpFormatter, width=120)
     add = parser.add_argument
     add("--data", default="toy", help="a folder of images with captions, or toy")
-    add("--data-root", type=Path, default="data", help="folder for decoded images")
-    add("--embeddings", help="codes of all captions in a .npy, instead of an encoder, (N, --text)")
-    add("--size", type=int, default=64, help="pixels a side: 16, 32, 64 or 128")
-    add("--load-size", type=int, help="pixels a side before the random crop; None: 19 / 16 of --size")
-    add("--white", type=int, default=65535, help="value of white in 16-bit images")
-    add("--no-cls", action="store_true", help="D does not learn from wrong sentences: GAN or GAN-INT")
-    add("--no-int", action="store_true", help="G does not learn from sentences between two: GAN or GAN-CLS")
-    add("--no-residual", action="store_true", help="without the branches that only the authors' code has")
-    add("--wrong", type=int, default=1, help="wrong sentences for each image of a batch")
-    add("--near", type=int, default=1, help="sentences that the nearest is taken of, for each of these")
+    add("--data-root", type=Path, default="data", help="for decoded images")
+    add("--size", type=int, default=64, help="of a crop: 16, 32, 64 or 128")
+    add("--load-size", type=int, help="of an image before the random crop; None: 19 / 16 of --size")
+    add("--no-cls", action="store_true", help="D does not learn from wrong sentences")
+    add("--no-int", action="store_true", help="G does not learn from codes between two")
+    add("--no-residual", action="store_true", help="the networks of the paper, without residual branches")
+    add("--near", type=int, default=1, help="wrong sentences, of which the nearest is taken")
     add("--average", type=int, default=4, help="captions of an image whose codes are averaged")
-    add("--text", type=int, default=1024, help="numbers in the code of a sentence")
-    add("--nt", type=int, default=128, help="numbers it is compressed to in G and in D")
+    add("--text", type=int, default=1024, help="numbers in a code")
+    add("--nt", type=int, default=128, help="numbers it is compressed to in G and D")
     add("--nz", type=int, default=100, help="numbers in z")
     add("--ngf", type=int, default=128, help="channels of G's last hidden layer")
     add("--ndf", type=int, default=64, help="channels of the first layer of D and S")
-    add("--nef", type=int, default=256, help="units of the text encoder's recurrent layer")
-    add("--nif", type=int, default=256, help="channels of the image encoder's last hidden layer")
-    add("--text-epochs", type=int, default=200, help="passes over the images for E, before the GAN")
-    add("--epochs", type=int, default=600, help="passes for the GAN")
-    add("--style-epochs", type=int, default=20, help="passes for S, after the GAN")
-    add("--batch-size", type=int, default=64, help="images in an update, over all processes")
-    add("--lr", type=float, default=2e-4, help="learning rate of Adam, for G, D and S")
+    add("--nef", type=int, default=256, help="units of E's recurrent layer")
+    add("--nif", type=int, default=256, help="channels of V's last hidden layer")
+    add("--text-epochs", type=int, default=200, help="passes over the images for E and V")
+    add("--epochs", type=int, default=600, help="passes for G and D, after that")
+    add("--style-epochs", type=int, default=20, help="passes for S, at the end")
+    add("--batch-size", type=int, default=64, help="over all processes")
+    add("--lr", type=float, default=2e-4, help="learning rate of Adam for G, D and S")
     add("--halve-every", type=int, default=100, help="epochs between halvings of --lr for G and D")
-    add("--text-lr", type=float, default=7e-4, help="learning rate of RMSprop, for E and V")
-    add("--seed", type=int, default=0, help="of weights, data order, crops, sentences and z")
+    add("--text-lr", type=float, default=7e-4, help="learning rate of RMSprop for E and V")
+    add("--seed", type=int, default=0, help="of weights, order, crops, sentences and z")
     add("--out", type=Path, help=f"run folder; None: runs/{SCRIPT}-DATA")
     add("--init", type=Path, metavar="RUN", help="start from the weights of another run (fine-tuning)")
     add("--max-steps", type=int, help="stop after this many updates in all")
@@ -126,15 +113,14 @@ def get_args(argv=None):
     add("--device", help="cpu, cuda, cuda:1, mps, ...; None: the accelerator, if there is one")
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 where the device has it")
     add("--no-capture", action="store_true", help="on CUDA: no CUDA graph")
-    add("--prompt", help="draw a sentence, those in the lines of a .txt, or codes in a .npy, with the trained G")
-    add("--sample", type=int, metavar="N", help="images of each --prompt; None: 16")
+    add("--prompt", help="use G on a sentence, or on each line of a .txt")
+    add("--sample", type=int, metavar="N", help="images of each sentence of --prompt; None: 16")
     add("--to", type=Path, help="folder for them; None: OUT/sampled")
     data = parser.parse_known_args(argv)[0].data
     data = f"./{data}" if data in SETS and Path(data).is_dir() else data  # a folder that is there comes first
     parser.set_defaults(**SETS.get(data, {}))
     args = parser.parse_args(argv)
-    args.data, args.load_size = data, args.load_size or args.size * 19 // 16
-    args.text_epochs = 0 if args.embeddings else args.text_epochs
+    args.data, args.images, args.load_size = data, None, args.load_size or args.size * 19 // 16
     check_args(args, may_be_zero=("text_epochs", "style_epochs", "lr", "text_lr", "seed"))
     if args.size not in (16, 32, 64, 128) or args.load_size < args.size:
         fail(f"--size {args.size}: give 16, 32, 64 or 128, and at most --load-size {args.load_size}")
@@ -324,22 +310,22 @@ def make_text_step(args, state):
 
 
 def make_step(args, state):
-    """Returns `step(x, t, wrong)`: one update of D and G on images (B, 3, S, S) in [-1, 1] and codes (B, text).
+    """Returns `step(x, t, wrong)`: one update of D and G on x (B, 3, size, size) in [-1, 1]. It returns 0-d losses.
 
-    `wrong` are codes (K * B, text) that do not belong to the images. It returns its losses as 0-d tensors and reads
-    nothing back from the device, so a CUDA graph can record it.
+    t are codes (B, text) of sentences about x, wrong those of sentences about something else.
     """
     G, D, opt_G, opt_D = state["G"], state["D"], state["opt_G"], state["opt_D"]
 
     def step(x, t, wrong):
-        wrong = t[:0] if args.no_cls else wrong
-        between = (t[: len(t) // 2] + t[len(t) - len(t) // 2 :]) / 2  # of two sentences each (Sec. 4.3, beta = .5)
+        half, wrong = len(t) // 2, t[:0] if args.no_cls else wrong
+        between = (t[:half] + t[len(t) - half :]) / 2  # of two sentences each (Sec. 4.3, beta = .5)
         asked = t if args.no_int else torch.cat([t, between])
         opt_D.zero_grad()
         opt_G.zero_grad()
         with torch.autocast(x.device.type, torch.bfloat16, args.precision == "bf16"):
             fake = G(torch.randn(len(asked), args.nz, device=x.device), asked)
-            features = torch.cat([D.of_x(x).repeat(1 + len(wrong) // len(t), 1, 1, 1), D.of_x(fake)])
+            on_x, on_fake = D.of_x(x), D.of_x(fake)
+            features = torch.cat([on_x, on_x[: len(wrong)], on_fake])
             logits = D.match(features, torch.cat([t, wrong, asked]))
         s_r, s_w, s_f = logits.split([len(t), len(wrong), len(asked)])
         # D: max log s_r + (log(1 - s_w) + log(1 - s_f)) / 2 (Alg. 1); with --no-cls log s_r + log(1 - s_f)
@@ -375,43 +361,28 @@ def make_style_step(args, state):
     return step
 
 
-def phase_of(args, count, images):
-    """Where a run is after so many images, in a set of `count`: the phase text, GAN or style, and its images so far."""
-    for phase, epochs in (("text", args.text_epochs), ("GAN", args.epochs)):
-        if images < epochs * count:
-            return phase, images
-        images -= epochs * count
-    return "style", images
-
-
 def train(args):
-    """Train E and V, then G and D, then S; resume if last.pt is there. Returns the run folder."""
-    data, state = load_captions(args), build(args)
-    count, epochs = len(data.files), args.text_epochs + args.epochs + args.style_epochs
-    makers = {"text": make_text_step, "GAN": make_step, "style": make_style_step}
+    """Train E and V, then G and D, then S, from last.pt if it is there. Returns the run folder."""
+    state = build(args)
+    init_distributed(args, state)
+    data = load_captions(args)
+    run = Run(args, state, (args.text_epochs + args.epochs + args.style_epochs) * len(data.kinds))
+    makers, loader = (make_text_step, make_step, make_style_step), batches(args, state["E"], data, run.images_seen)
     updates = functools.cache(lambda phase: capture(makers[phase](args, state), args))
-    with Run(args, state, data.files, epochs) as run:
-        data.pixels, codes = load_images(args, data), None
-        for step in range(run.start_step + 1, run.last_step + 1):
-            images = run.images_seen + (step - 1 - run.start_step) * args.batch_size
-            phase, seen = phase_of(args, count, images)
-            if phase != "text" and codes is None:
-                codes = encode_captions(state["E"], data.said)
-            rate = args.lr / 2 ** (seen // count // args.halve_every)
-            rates = {"opt_E": args.text_lr * 0.98 ** (seen // count), "opt_G": rate, "opt_D": rate}
-            for name, rate in rates.items():
-                state[name].param_groups[0]["lr"].fill_(rate)
-            batch = draw_batch(args, data, codes, phase, seen)
-            set_seed(args, step)  # of z
-            losses = updates(phase)(*batch)
-            if run.report(step, images // count + 1, losses):  # it is time to save
-                save_samples(args, state, data.asked, args.out / "samples" / f"{step:07}.png")
-                save_styles(args, state, data, args.out / "samples" / f"{step:07}-styles.png")
-                run.save_checkpoint(step)
-            if run.should_stop:
-                break
-        del updates  # NCCL waits for the end of a CUDA graph before it lets the process group go
-    print(f"{args.out}: {run.last_step} of {run.all_steps} steps are done; {args.out / 'samples'} shows what it draws")
+    for step in range(run.start_step + 1, run.last_step + 1):
+        phase, epoch, *batch = next(loader)
+        state["opt_E"].param_groups[0]["lr"].fill_(args.text_lr * 0.98 ** (epoch - 1))
+        for name in ("opt_G", "opt_D"):
+            halvings = max(0, epoch - 1 - args.text_epochs) // args.halve_every
+            state[name].param_groups[0]["lr"].fill_(args.lr / 2**halvings)
+        set_seed(args, step)  # of z
+        if run.report(step, epoch, updates(phase)(*batch)):  # it is time to save
+            save_grid(args, state, data, step)
+            run.save_checkpoint(step)
+        if run.should_stop:
+            break
+    del updates  # NCCL waits for the end of a CUDA graph before it lets the process group go
+    run.close()
     return args.out
 
 
@@ -419,10 +390,9 @@ def train(args):
 
 
 def shapes(count, seed, held_out=False, size=64):
-    """Toy images, uint8 (count, 3, size, size), five captions of each, and labels (count, 4).
+    """Toy images, uint8 (count, 3, size, size), five captions of each, and labels (count, 4): numbers in VALUES.
 
-    A shape on a ground: labels are numbers in VALUES of its form, ink, size and the ground's ink. A sixth of the
-    combinations comes with `held_out`, and only then.
+    A sixth of the combinations of form, ink, size and ground comes with `held_out`, and only then.
     """
     every = np.array([*itertools.product(*map(range, map(len, VALUES)))])
     every = np.random.default_rng(0).permutation(every[every[:, 1] != every[:, 3]])
@@ -441,130 +411,121 @@ def shapes(count, seed, held_out=False, size=64):
         image[:] = (back + inside * (fore - back)).clip(0, 255).transpose(2, 0, 1)
         sizes = ("small little tiny", "large big huge")[large].split()
         words = [[VALUES[0][form], VALUES[1][ink], sizes[n], VALUES[3][ground]] for n in rng.integers(0, 3, 5)]
-        said = (SENTENCES[n].format(*some) for n, some in zip(rng.permutation(len(SENTENCES)), words))
-        captions.append([*said])
+        captions.append([SENTENCES[n].format(*some) for n, some in zip(rng.permutation(len(SENTENCES)), words)])
     return torch.from_numpy(images), captions, torch.from_numpy(labels)
 
 
-def spell(sentences, where="the prompt"):
+def spell(sentences):
     """Characters uint8 (N, 201): their numbers from 1 up in ALPHABET, in lower case; 0 for others and at the end."""
     numbers = {letter: i for i, letter in enumerate(ALPHABET, 1)}  # the hyphen has two, and the later counts
-    chars, sentences = np.zeros((len(sentences), 201), np.uint8), [sentence.lower() for sentence in sentences]
-    for row, sentence in zip(chars, sentences):
-        if not re.search("[a-z0-9]", sentence):
-            fail(f"{where}: the sentence {sentence!r} has no letter from a to z")
+    chars = np.zeros((len(sentences), 201), np.uint8)
+    for row, sentence in zip(chars, map(str.lower, sentences)):
         row[: len(sentence)] = [numbers.get(letter, 0) for letter in sentence[:201]]
-    cut = sum(len(sentence[201:]) for sentence in sentences)
-    if cut:
-        print(f"{where}: {cut} characters after the 201st of a sentence are cut")
+        if not re.search("[a-z0-9]", sentence):
+            fail(f"the sentence {sentence!r} has no letter from a to z")
+    if max(map(len, sentences)) > 201:
+        print("sentences are cut after 201 characters")
     return torch.from_numpy(chars)
-
-
-def read_codes(path, text):
-    """Codes float32 (N, text) from a .npy."""
-    with explain_errors(f"{path} does not hold codes of {text} numbers"):
-        codes = torch.from_numpy(np.load(path, allow_pickle=False).astype(np.float32, casting="same_kind"))
-        if codes.ndim != 2 or codes.shape[1] != text or not codes.isfinite().all():
-            raise ValueError(f"it has a number that is not finite, or another shape: {tuple(codes.shape)}")
-    return codes
 
 
 def read_lines(path):
     """The lines of a text file that are not empty."""
-    with explain_errors(f"{path} cannot be read as text"):
-        return [line.strip() for line in path.read_text("utf-8").splitlines() if line.strip()]
+    with explain_errors(f"{path} cannot be read: it should have a sentence in each line"):
+        lines = [line.strip() for line in path.read_text("utf-8").splitlines()]
+    return [line for line in lines if line] or fail(f"{path} has no sentence")
 
 
-def read_rows(path):
-    """{file: captions} from a captions.jsonl, all rows of a file together."""
-    captions = {}
-    for number, row in enumerate(path.read_bytes().splitlines(), 1):
-        with explain_errors(f'{path}, line {number} is not like {{"file_name": "a.jpg", "captions": ["a red bird"]}}'):
-            row = json.loads(row)
-            said = row["captions"] if "captions" in row else [row["caption"]]
-            file = path.parent / row["file_name"]
-            if not isinstance(said, list) or {*map(type, said)} != {str} or {"caption", "captions"} <= row.keys():
-                raise ValueError("captions are a list of sentences, caption is one")
-            if not file.is_file():
-                raise ValueError(f"{file} is not there")
-            captions.setdefault(file, []).extend(said)
-    return captions
+def read_folder(args):
+    """Training images, uint8 (N, 3, load_size, load_size), the captions of each, and its folder, which is its class."""
+    found = find_images(args.data, others=(".txt",))
+    train = [(kind, file, file.with_suffix(".txt")) for split, kind, file in found if split == "train"]
+    if len(train) < 2:
+        fail(f"{args.data} has {len(train)} training images: what is wrong for one needs another")
+    captions = [read_lines(text) for *_, text in train]
+    print(f"{args.data}: {len(train)} training images; {len(found) - len(train)} of test and val are left out")
+    facts = [(kind, path.name, path.stat().st_size) for kind, *paths in train for path in paths]
+    args.images = hashlib.sha256(repr(facts).encode()).hexdigest()[:12]  # a run belongs to its images
 
+    def read(files):  # whatever the aspect, as the authors do
+        image = read_image(files[0])
+        if min(image.size) < args.size:
+            fail(f"{files[0]} has {image.size} pixels, less than --size {args.size}")
+        return resize(pil_to_tensor(image), [args.load_size] * 2, antialias=True)
 
-def find_captions(args):
-    """Training images in a folder, {name: (image, caption file)}; of each its captions, [[sentence]], and class."""
-    folder, images = Path(args.data), find_images(Path(args.data), others=(".txt", ".jsonl"))
-    kinds = {file: kind for split, kind, file in images if split == "train"}
-    if len(kinds) < 2:
-        fail(f"{folder} has {len(kinds)} training images: what is wrong for one needs another")
-    texts = {file: file.with_suffix(".txt") for file in kinds if file.with_suffix(".txt").is_file()}
-    table = folder / "captions.jsonl"
-    if table.is_file():
-        source, captions = table, read_rows(table)
-    elif texts:
-        source, captions = "files .txt", {file: read_lines(text) for file, text in texts.items()}
-    else:
-        source, captions = "the names of folders", {file: name_class(kind) for file, kind in kinds.items() if kind}
-    bare = [file for file in kinds if not captions.get(file)]
-    if bare:
-        fail(f"{bare[0]} has no caption, as {len(bare)} of {len(kinds)} images; {LAYOUTS}")
-    print(f"{folder}: {len(kinds)} images, captions from {source}; {len(images) - len(kinds)} of test and val left out")
-    files = {file.relative_to(folder).as_posix(): (file, texts.get(file, file)) for file in kinds}
-    return files, [captions[file] for file in kinds], list(kinds.values())
-
-
-def name_class(folder):
-    """Captions of an image of which only the folder is known."""
-    name = folder.rpartition("/")[2].replace("_", " ").replace("-", " ").lower()
-    return [form.format(name) for form in ("a {}", "this is a {}", "a photo of a {}", "the picture shows a {}", "{}")]
+    pixels = cache_images(args, [(file,) for _, file, _ in train], read, (3, args.load_size, args.load_size))
+    return pixels, captions, [kind for kind, *_ in train]
 
 
 def load_captions(args):
-    """All that is known of the data before images are decoded, as a namespace.
+    """The data as a namespace. Of image i: pixels[i], uint8; kinds[i] is its class; captions many[i] from first[i] on.
 
-    Of image i: kinds[i] is its class; its captions are many[i] from first[i] on in `said`, characters uint8 (M, 201) or
-    codes float32 (M, text). Of class k: its images are counts[k] from starts[k] on in `order`. `asked` are a few
-    sentences to draw, and their characters or codes. `files` are for Run.
+    Of class k: its images are counts[k] from starts[k] on in `order`. `said` are the characters (M, 201) of all
+    captions, `asked` a few sentences to draw.
     """
     if args.data == "toy":
         pixels, captions, classes = shapes(4000, 0, size=args.load_size)
-        files = {f"{i:04}": () for i in range(4000)}
+        asked = shapes(8, 1, held_out=True, size=1)[1]
     else:
-        pixels, (files, captions, classes) = None, find_captions(args)
+        pixels, captions, classes = read_folder(args)
+        asked = captions[:: math.ceil(len(captions) / 8)]
     kinds = np.unique(classes, axis=0, return_inverse=True)[1].ravel()
     kinds = kinds if kinds.any() else np.arange(len(kinds))  # without classes, each image is one
     many, counts = np.array([*map(len, captions)]), np.bincount(kinds)
-    data = argparse.Namespace(files=files, pixels=pixels, kinds=kinds, many=many, first=many.cumsum() - many)
+    data = argparse.Namespace(pixels=pixels, kinds=kinds, many=many, first=many.cumsum() - many)
     data.order, data.counts, data.starts = np.argsort(kinds, kind="stable"), counts, counts.cumsum() - counts
-    data.shuffle = functools.lru_cache(2)(
-        lambda epoch: np.random.default_rng([args.seed, epoch]).permutation(len(kinds))
-    )
-    if args.embeddings:
-        data.said = read_codes(args.embeddings, args.text).to(args.device)
-        if len(data.said) != many.sum():
-            fail(f"--embeddings {args.embeddings} has {len(data.said)} codes, but {args.data} {many.sum()} captions")
-    else:
-        data.said = spell(list(itertools.chain(*captions)), args.data).to(args.device)
-    shown = data.order[data.starts][:: math.ceil(len(counts) / 8)]
-    data.asked = [captions[i][0] for i in shown], data.said[data.first[shown]]
-    if args.data == "toy" and not args.embeddings:
-        sentences = [lines[0] for lines in shapes(8, 1, held_out=True, size=1)[1]]
-        data.asked = sentences, spell(sentences).to(args.device)
+    data.said = spell([*itertools.chain(*captions)]).to(args.device)
+    data.asked = [sentences[0] for sentences in asked]
     return data
 
 
-def load_images(args, data):
-    """The images, uint8 (N, 3, load_size, load_size), whatever their aspect, as the authors do."""
-    if args.data == "toy":
-        return data.pixels.to(args.device)
+def batches(args, E, data, images_seen):
+    """Yields the phase, the epoch, and what the step of the phase takes. Put your own loader here.
 
-    def read(files):
-        image = read_image(files[0], args.white)
-        if min(image.size) < args.size:
-            fail(f"{files[0]} is too small: give at most --size {2 ** int(math.log2(min(image.size)))}")
-        return resize(pil_to_tensor(image), [args.load_size] * 2, antialias=True)
+    Phase 0: x (B, 3, size, size) in [-1, 1], characters (B, 201) of a caption of each, and classes (B,), as many as
+    there are. 1: x, codes t (B, text) averaged over --average captions, and of other classes. 2: t.
+    """
+    batch, size, count, codes = args.batch_size, args.size, len(data.kinds), None
+    orders = functools.lru_cache(2)(lambda epoch: np.random.default_rng([args.seed, epoch]).permutation(count))
 
-    return cache_images(args, [files[:1] for files in data.files.values()], read, (3, args.load_size, args.load_size))
+    def images_of(kinds):
+        return data.order[data.starts[kinds] + (rng.random(len(kinds)) * data.counts[kinds]).astype(int)]
+
+    def captions_of(images, average):
+        parts = (rng.random((len(images), average)) * data.many[images][:, None]).astype(int)
+        return to_device(args, data.first[images][:, None] + parts)
+
+    def codes_of(images):
+        return F.embedding_bag(captions_of(images, args.average), codes, mode="mean")
+
+    for images in itertools.count(images_seen, batch):
+        epoch, starts = images // count + 1, (0, args.text_epochs, args.text_epochs + args.epochs)
+        phase = (epoch > starts[1]) + (epoch > starts[2])
+        seen = images - starts[phase] * count  # in this phase
+        rng = np.random.default_rng([args.seed, phase, seen // batch])
+        if phase == 0:  # all processes have all pairs, which E's loss compares
+            kinds, share = np.resize(rng.permutation(len(data.counts)), batch), slice(None)
+            chosen = images_of(kinds)
+        else:
+            codes = encode_captions(E, data.said) if codes is None else codes
+            chosen = np.array([orders(k // count)[k % count] for k in range(seen, seen + batch)])
+            share = slice(RANK, None, WORLD)
+        if phase == 2:
+            yield phase, epoch, codes_of(chosen)[share]
+            continue
+        crops = []
+        for image in chosen.tolist():
+            top, left = (rng.integers(args.load_size - size + 1) for _ in range(2))
+            crop = data.pixels[image, :, top : top + size, left : left + size]
+            crops.append(crop.flip(-1) if rng.random() < 0.5 else crop)
+        x = to_device(args, torch.stack(crops[share])) / 127.5 - 1
+        if phase == 0:
+            yield phase, epoch, x, data.said[captions_of(chosen, 1)[:, 0]], to_device(args, kinds)
+            continue
+        kinds = np.tile(data.kinds[chosen], args.near)
+        others = images_of((kinds + rng.integers(1, len(data.counts), len(kinds))) % len(data.counts))
+        t, wrong = codes_of(chosen), codes_of(others).view(args.near, batch, -1)
+        nearest = (wrong - t).square_().sum(2, keepdim=True).argmin(0, keepdim=True)
+        yield phase, epoch, x, t[share], wrong.take_along_dim(nearest, 0)[0, share]
 
 
 def to_device(args, values):
@@ -574,57 +535,14 @@ def to_device(args, values):
     return tensor.to(args.device, non_blocking=True)
 
 
-def draw_batch(args, data, codes, phase, seen):
-    """What the step of a phase takes after `seen` images of it; here goes a data loader of your own.
-
-    text: x (B, 3, size, size) in [-1, 1], characters (B, 201) of a caption of each, and classes (B,), as many as there
-    are. GAN: x, codes t (B, text) averaged over --average captions, and of other classes (--wrong * B, text). style: t.
-    """
-    batch, size, places = args.batch_size, args.size, args.load_size - args.size + 1
-    rng = np.random.default_rng([args.seed, ("text", "GAN", "style").index(phase), seen // batch])
-
-    def images_of(kinds):
-        return data.order[data.starts[kinds] + (rng.random(len(kinds)) * data.counts[kinds]).astype(int)]
-
-    def captions_of(images, average):
-        parts = (rng.random((len(images), average)) * data.many[images][:, None]).astype(int)
-        return to_device(args, data.first[images][:, None] + parts)
-
-    if phase == "text":  # all processes have all pairs, which E's loss compares
-        kinds, share = np.resize(rng.permutation(len(data.counts)), batch), slice(None)
-        chosen = images_of(kinds)
-    else:
-        share = slice(RANK, None, WORLD)
-        chosen = np.array([data.shuffle(k // len(data.kinds))[k % len(data.kinds)] for k in range(seen, seen + batch)])
-    if phase == "style":
-        return (F.embedding_bag(captions_of(chosen, args.average), codes, mode="mean")[share],)
-    crops = []
-    for image in chosen.tolist():
-        top, left, mirror = rng.integers(places), rng.integers(places), rng.random() < 0.5
-        crop = data.pixels[image, :, top : top + size, left : left + size]
-        crops.append(crop.flip(-1) if mirror else crop)
-    x = to_device(args, torch.stack(crops[share])) / 127.5 - 1
-    if phase == "text":
-        return x, data.said[captions_of(chosen, 1)[:, 0]], to_device(args, kinds)
-    kinds = np.tile(data.kinds[chosen], args.near * args.wrong)
-    others = images_of((kinds + rng.integers(1, len(data.counts), len(kinds))) % len(data.counts))
-    t = F.embedding_bag(captions_of(chosen, args.average), codes, mode="mean")
-    wrong = F.embedding_bag(captions_of(others, args.average), codes, mode="mean").view(
-        args.near, args.wrong, batch, -1
-    )
-    nearest = (wrong - t).square_().sum(3, keepdim=True).argmin(0, keepdim=True)  # of --near
-    return x, t[share], wrong.take_along_dim(nearest, 0)[0, :, share].flatten(0, 1)
-
-
 @torch.no_grad()
-def encode(E, said):
-    """Codes (N, text) as G takes them, of characters uint8 (N, 201) or of codes from elsewhere, float32 (N, text)."""
-    codes = said if said.is_floating_point() else torch.cat([E(chars) for chars in said.split(1000)])
-    return (codes - E.mean) / E.spread
+def encode(E, chars):
+    """Characters uint8 (N, 201) -> codes (N, text) as G takes them."""
+    return (torch.cat([E(some) for some in chars.split(1000)]) - E.mean) / E.spread
 
 
 def encode_captions(E, said):
-    """The same of all captions, with a mean of 0 and a spread of 1: E keeps the mean and the spread from before."""
+    """The same of all captions: from now on codes are shifted and scaled to mean 0 and spread 1, which E keeps."""
     E.mean.zero_()
     E.spread.fill_(1)
     said, which = said.unique(dim=0, return_inverse=True)  # many images may have the same caption
@@ -636,60 +554,47 @@ def encode_captions(E, said):
 
 @torch.no_grad()
 def draw(args, G, z, t):
-    """G(z, t) for z (N, nz) and codes (N, text) as N Pillow images, by the running averages of batch norm."""
+    """G(z, t) for z (N, nz) and codes (N, text), uint8 (N, 3, size, size), by the running averages of batch norm."""
     G = copy.deepcopy(G).eval()
     with torch.autocast(z.device.type, torch.bfloat16, args.precision == "bf16"):
         x = torch.cat([G(*part).float() for part in zip(z.split(500), t.split(500))])
-    return [to_pil_image(image) for image in (x * 127.5 + 127.5).round().byte().cpu()]
-
-
-def save_rows(args, G, path, z, t, heads, top=()):
-    """A picture of G(z, t), z (rows or 1, columns or 1, nz) and t alike, with a head before each row, below `top`.
-
-    Heads and top are sentences or Pillow images.
-    """
-    shape = torch.broadcast_shapes(z.shape[:2], t.shape[:2])
-    images, cells = iter(draw(args, G, z.expand(*shape, -1).flatten(0, 1), t.expand(*shape, -1).flatten(0, 1))), [*top]
-    for head in heads:
-        cells += [head, *itertools.islice(images, shape[1])]
-    for i, cell in enumerate(cells):
-        if isinstance(cell, str):
-            cells[i] = Image.new("RGB", (128, 128), "white")
-            ImageDraw.Draw(cells[i]).text((4, 4), textwrap.fill(cell, 19), "black", font_size=12)
-        cells[i] = cells[i].resize((128, 128), Image.Resampling.NEAREST)
-    save_grid(path, cells, [""] * (shape[1] + 1))
-
-
-def save_samples(args, state, asked, path):
-    """Pictures with a row for each sentence: eight z, a line between two z, and one to the next sentence (Fig. 8)."""
-    torch.manual_seed(args.seed)
-    z, way = torch.randn(1, 8, args.nz, device=args.device), torch.linspace(0, 1, 8, device=args.device)[:, None]
-    G, heads, t = state["G"], asked[0], encode(state["E"], asked[1])[:, None]
-    save_rows(args, G, path, z, t, heads)
-    save_rows(args, G, path.with_stem(f"{path.stem}-between-z"), torch.lerp(z[:, :1], z[:, 1:2], way), t, heads)
-    t = torch.lerp(t, t.roll(-1, 0), way)
-    save_rows(args, G, path.with_stem(f"{path.stem}-between-sentences"), z[:, :1], t, heads)
+    return (x * 127.5 + 127.5).round().byte().cpu()
 
 
 @torch.no_grad()
-def save_styles(args, state, data, path):
-    """Style transfer (Sec. 4.4, Fig. 6): a row for each image x, with G(S(x), t) of each sentence."""
-    chosen, edge = data.order[data.starts][:: math.ceil(len(data.counts) / 6)], (args.load_size - args.size) // 2
-    x = torch.stack([data.pixels[i, :, edge : edge + args.size, edge : edge + args.size] for i in chosen.tolist()])
-    z = copy.deepcopy(state["S"]).eval()(x.to(args.device) / 127.5 - 1)[:, None]
-    heads, t = [to_pil_image(image.cpu()) for image in x], encode(state["E"], data.asked[1])[None]
-    save_rows(args, state["G"], path, z, t, heads, ["", *data.asked[0]])
+def save_grid(args, state, data, step):
+    """OUT/samples/STEP.png, a row a sentence: four z, a line to the first z, one to the next sentence (Fig. 8), S(x).
+
+    The last columns are in the style of the images x above them (Sec. 4.4, Fig. 6), once S is trained.
+    """
+    torch.manual_seed(args.seed)
+    z, way = torch.randn(4, args.nz, device=args.device), torch.linspace(0.25, 1, 4, device=args.device)[:, None]
+    edge, every = (args.load_size - args.size) // 2, math.ceil(len(data.pixels) / 4)
+    x = data.pixels[::every, :, edge : edge + args.size, edge : edge + args.size]
+    style = copy.deepcopy(state["S"]).eval()(x.to(args.device) / 127.5 - 1)
+    z = torch.cat([z, torch.lerp(z[3], z[0], way), z[:1].expand(4, -1), style])
+    t = encode(state["E"], spell(data.asked).to(args.device))[:, None]  # (sentences, 1, text)
+    t = torch.cat([t.expand(-1, 8, -1), torch.lerp(t, t.roll(-1, 0), way), t.expand(-1, len(x), -1)], 1)
+    images = draw(args, state["G"], z.repeat(len(t), 1), t.flatten(0, 1))
+    top, *rows = F.interpolate(torch.cat([x.cpu(), images]), 128).split([len(x)] + [len(z)] * len(t))
+    cells = [torch.full((3, 128, 128), 255, dtype=torch.uint8)] * 13 + [*top]
+    for sentence, row in zip(data.asked, rows):
+        head = Image.new("RGB", (128, 128), "white")
+        ImageDraw.Draw(head).text((4, 4), textwrap.fill(sentence, 19), "black", font_size=12)
+        cells += [pil_to_tensor(head), *row]
+    grid = make_grid(cells, nrow=len(z) + 1, pad_value=255)
+    atomic_write(args.out / "samples" / f"{step:07}.png", to_pil_image(grid).save)
 
 
 def load_networks(run, device="cpu"):
     """E and G of a run folder: G(z, encode(E, spell(["a red bird"]))) draws a red bird, for z (1, nz)."""
     checkpoint = load_checkpoint(run)
-    with explain_errors(f"{run}/last.pt is damaged"), torch.device("meta"):  # takes no memory: the weights do
+    with explain_errors(f"{run}/last.pt is damaged"):
         settings = argparse.Namespace(**checkpoint["settings"])
         size, text, nt, nz = settings.size, settings.text, settings.nt, settings.nz
         E, G = TextEncoder(text, settings.nef), Generator(size, text, nt, nz, settings.ngf, not settings.no_residual)
-        E.load_state_dict(checkpoint["E"], assign=True)
-        G.load_state_dict(checkpoint["G"], assign=True)
+        E.load_state_dict(checkpoint["E"])
+        G.load_state_dict(checkpoint["G"])
     G.settings = settings
     return E.to(device), G.to(device).eval()
 
@@ -701,26 +606,15 @@ def load_generator(run, device="cpu"):
 
 def sample(args):
     """Draw --sample images of each sentence of --prompt with a trained G. Returns the folder of the results."""
-    prompt, to, count = args.prompt, args.to or args.out / "sampled", args.sample or 16
-    is_file = os.path.isfile(prompt)
-    if not is_file and ("/" in prompt and " " not in prompt or re.search(r"\w\.\w+$", prompt)):
-        fail(f"--prompt {prompt} looks like a file, but is none")
+    to, count = args.to or args.out / "sampled", args.sample or 16
+    chars = spell(read_lines(Path(args.prompt)) if args.prompt.endswith(".txt") else [args.prompt]).to(args.device)
     E, G = load_networks(args.out, args.device)
-    args.nz = G.settings.nz
-    if G.settings.embeddings:
-        said = read_codes(prompt, G.settings.text)  # of the kind that it was trained on
-        names = [f"code {i}" for i in range(len(said))]
-    else:
-        names = read_lines(Path(prompt)) if is_file else [prompt]
-        said = spell(names or fail(f"--prompt {prompt} has no sentence"), f"--prompt {prompt}")
     torch.manual_seed(args.seed)
-    said, z = said.to(args.device), torch.randn(count, args.nz, device=args.device)
-    images = draw(args, G, z.repeat(len(names), 1), encode(E, said).repeat_interleave(count, 0))
+    z = torch.randn(count, G.settings.nz, device=args.device)
+    images = draw(args, G, z.repeat(len(chars), 1), encode(E, chars).repeat_interleave(count, 0))
     for i, image in enumerate(images):
-        name = f"{i:05}.png" if len(names) == 1 else f"{i // count:03}-{i % count:05}.png"
-        atomic_write(to / name, image.save)
-    save_samples(args, {"E": E, "G": G}, (names[:16], said[:16]), to.with_name(f"{to.name}.png"))
-    print(f"{len(images)} images are drawn in {to}; {to}.png and others beside it show the first 16 sentences")
+        atomic_write(to / f"{i:05}.png", to_pil_image(image).save)
+    print(f"{len(images)} images are drawn in {to}, {count} of each sentence")
     return to
 
 
@@ -728,7 +622,7 @@ def sample(args):
 
 
 def fail(sentence):
-    """End the script with one sentence that says what to mend, and exit status 1."""
+    """End the script with one sentence that says what to mend."""
     raise SystemExit(f"{SCRIPT}: {sentence}")
 
 
@@ -738,8 +632,8 @@ def explain_errors(sentence):
     try:
         yield
     except Exception as error:
-        cause = str(error).partition("\n")[0].partition(". ")[0] or type(error).__name__
-        fail(f"{sentence} ({cause})")
+        cause = str(error).partition("\n")[0].partition(". ")[0]
+        fail(f"{sentence} ({cause or type(error).__name__})")
 
 
 def atomic_write(path, write):
@@ -753,138 +647,131 @@ def atomic_write(path, write):
 def check_args(args, may_be_zero):
     """Check --data and the numbers; choose the run folder, the device and the precision."""
     if args.data not in SETS and not Path(args.data).is_dir():
-        near = difflib.get_close_matches(args.data, SETS) or SETS
-        fail(f"--data {args.data} is not a folder; did you mean {' or '.join(near)}?")
+        fail(f"--data {args.data} is neither a folder nor one of {', '.join(SETS)}")
     for name, value in vars(args).items():
         if type(value) in (int, float) and not (0 < value < math.inf or value == 0 and name in may_be_zero):
             fail(f"--{name.replace('_', '-')} {value}: give a number above 0")
     args.out = args.out or Path("runs", f"{SCRIPT}-{Path(args.data).resolve().name}")
     args.batch_size += -args.batch_size % WORLD  # an equal share for each process of torchrun
-    if WORLD > 1 and torch.accelerator.is_available():
-        torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
     device = args.device or torch.accelerator.current_accelerator(check_available=True) or "cpu"
-    with explain_errors(f"--device {device} is not on this machine: leave it out to use what is there"):
+    with explain_errors(f"--device {device} is not on this machine"):
+        if WORLD > 1 and str(device) != "cpu":
+            torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
         args.device = str(torch.empty(1, device=device).device)
     units = torch.cpu.get_capabilities() if args.device == "cpu" else {"cuda": torch.cuda.is_bf16_supported(False)}
     if args.precision == "auto":
-        args.precision = "bf16" if any(units.get(name) for name in ("avx512_bf16", "amx_bf16", "cuda")) else "fp32"
+        args.precision = "bf16" if any(map(units.get, ("avx512_bf16", "amx_bf16", "cuda"))) else "fp32"
 
 
 class Run:
-    """The run folder: resumes `state` if last.pt is there; logs and saves. Settings in FIXED stay as they were."""
+    """The run folder: resumes and saves `state`, logs, and stops on a signal. One process owns it at a time."""
 
-    def __init__(self, args, state, files, epochs=None):
-        self.args, self.state, self.start_step, self.images_seen, self.signal = args, state, 0, 0, 0
-        sizes = [(name, [file.stat().st_size for file in group]) for name, group in files.items()]
+    def __init__(self, args, state, images):
+        """Resume from last.pt, if it is there, with the settings in FIXED unchanged. `images` are shown in all."""
+        self.args, self.state, self.signal, self.last_save, self.should_stop = args, state, 0, 0, 0
+        self.lock, self.log, last = FileLock(args.out / ".lock"), args.out / "log.jsonl", args.out / "last.pt"
+        with explain_errors(f"{args.out} is in use by another process"):
+            self.lock.acquire(timeout=0)
+        for old in [last, *args.out.glob("samples/*.png")] if args.fresh else []:
+            old.unlink(missing_ok=True)
         self.settings = {name: value for name, value in vars(args).items() if not isinstance(value, Path)}
-        self.settings["other images"] = hashlib.sha256(repr(sizes).encode()).hexdigest()[:12]
         self.settings["script"] = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
-        saved = load_checkpoint(args.out) if (args.out / "last.pt").exists() and not args.fresh else None
-        if WORLD > 1:
-            saved = share_checkpoint(state, saved)
-        if saved:
-            self.resume(saved)
-        elif args.init:
-            weights = load_checkpoint(args.init)
+        self.batch = args.batch_size * vars(args).get("k", 1)  # images in a step
+        new = {"settings": {}, "step": 0, "images_seen": 0, "log_size": 0}
+        saved = [load_checkpoint(args.out) if last.exists() else new]
+        if WORLD > 1:  # the first process has the file
+            dist.broadcast_object_list(saved)
+        with explain_errors(f"{last} is damaged; --fresh starts over"):
+            self.resume(**saved[0])
+        if args.init and not self.start_step:
             with explain_errors(f"--init {args.init} has other networks"):
                 for name in [name for name in state if not name.startswith(("opt", "pool"))]:
-                    state[name].load_state_dict(weights[name])
-        steps = math.ceil(((epochs or args.epochs) * len(files) - self.images_seen) / args.batch_size)
-        self.all_steps = self.start_step + max(0, steps)
-        self.last_step = max(self.start_step, min(self.all_steps, args.max_steps or self.all_steps))
+                    state[name].load_state_dict(load_checkpoint(args.init)[name])
+        goal = self.start_step + math.ceil((images - self.images_seen) / self.batch)
+        self.last_step = max(self.start_step, min(goal, args.max_steps or goal))
+        (args.out / "config.json").write_text(json.dumps(self.settings | {"torch": torch.__version__}, indent=2))
+        begin = "resuming" if self.start_step else "starting"
+        print(f"{begin} {args.out} at step {self.start_step} of {self.last_step}, {args.device}, {args.precision}")
+        numbers = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # as nohup sets it
+        self.handlers = {number: signal.signal(number, self.on_signal) for number in numbers}
+        bar = functools.partial(tqdm, unit="step", delay=1, mininterval=2, file=sys.stdout)
+        self.bar = bar(initial=self.start_step, total=self.last_step)
 
-    def resume(self, saved):
-        """Go on from a checkpoint, if it has the images and the settings of now."""
-        for name, old in saved["settings"].items():
+    def on_signal(self, number, frame):
+        self.signal = number
+
+    def resume(self, settings, step, images_seen, log_size, script=METHOD, **parts):
+        """Go on from a checkpoint, whose networks, optimizers and pools are `parts`; cut the log to it."""
+        self.start_step, self.images_seen = int(step), int(images_seen)
+        for name, old in settings.items():
             new, option = self.settings.get(name), name.replace("_", "-").replace("source", "from")
             if old != new and name in FIXED:
-                fail(f"{self.args.out} was started with {option} {old}, not {new}: repeat that, or --out, or --fresh")
+                fail(f"{self.args.out} has other {option}, {old}: repeat that, or give --fresh or another --out")
             if old != new:
-                print(f"{self.args.out}: {option} was {old}, now {new}")
-        with explain_errors(f"{self.args.out}/last.pt is damaged: --fresh starts over"):
-            self.start_step, self.images_seen = saved["step"], saved["images_seen"]
-            for name, part in self.state.items():
-                if name.startswith("opt"):  # with the rate and the device of now
-                    saved[name]["param_groups"] = part.state_dict()["param_groups"]
-                part.load_state_dict(saved[name])
+                print(f"{self.args.out}: {option} was {old}, is {new}")
+        with open(self.log, "a") as log:
+            log.truncate(min(log.tell(), log_size))
+        if step and parts.keys() != self.state.keys():
+            raise ValueError("it is not whole")
+        for name, part in parts.items():
+            if name.startswith("opt"):  # with the rate and the device of now
+                part["param_groups"] = self.state[name].state_dict()["param_groups"]
+            self.state[name].load_state_dict(part)
 
-    def __enter__(self):
-        args, log = self.args, self.args.out / "log.jsonl"
-        args.out.mkdir(parents=True, exist_ok=True)
-        self.lock = FileLock(args.out / ".lock", timeout=0)
-        with explain_errors(f"{args.out} is in use: wait for the other process, or stop it"):
-            self.lock.acquire()
-        for old in [args.out / "last.pt", *args.out.glob("samples/*.png")] if args.fresh else []:
-            old.unlink(missing_ok=True)
-        rows = log.read_text().splitlines(True) if log.exists() else []
-        rows = [row for row in rows if row.endswith("}\n") and json.loads(row)["step"] <= self.start_step]
-        atomic_write(log, lambda part: part.write_text("".join(rows)))
-        (args.out / "config.json").write_text(json.dumps(self.settings | {"torch": torch.__version__}, indent=2))
-        numbers = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # nohup ignores SIGHUP
-        self.handlers = {number: signal.signal(number, self.on_signal) for number in numbers}
-        begin = "resuming" if self.start_step else "starting"
-        print(f"{begin} {args.out} at step {self.start_step} of {self.all_steps}, {args.device}, {args.precision}")
-        self.bar = tqdm(total=self.last_step, initial=self.start_step, unit="step", file=sys.stdout)
-        self.last_report = self.last_save = time.monotonic()
-        return self
+    def report(self, step, epoch, losses):
+        """Log the losses every two seconds. Returns whether to save now. A loss that is not finite ends the run."""
+        args, number, elapsed = self.args, torch.tensor(self.signal), self.bar.format_dict["elapsed"]
+        if WORLD > 1:  # all processes stop at the same step
+            dist.all_reduce(number, dist.ReduceOp.MAX)
+        self.should_stop, self.images_seen = number.item(), self.images_seen + self.batch
+        due = step % args.save_every == 0 if args.save_every else elapsed - self.last_save > 600
+        save = due or self.should_stop or step == self.last_step
+        shown = False
+        with contextlib.suppress(OSError):  # a terminal or pipe may be closed
+            shown = self.bar.update()
+        if shown or save:
+            losses = {name: loss.item() for name, loss in losses.items()}  # waits for the device
+            if not all(map(math.isfinite, losses.values())):
+                fail(f"a loss is not finite at step {step}: {losses}; last.pt is kept; try a lower --lr")
+            rate = (step - self.start_step) * self.batch / elapsed
+            with open(self.log, "a") as log:
+                log.write(json.dumps({"step": step, "epoch": epoch, **losses, "images_per_s": rate}) + "\n")
+            self.bar.set_postfix(losses, images_per_s=rate, refresh=False)
+        return save and RANK == 0
 
-    def __exit__(self, error, *_):
-        self.bar.close()
+    def save_checkpoint(self, step):
+        """Write last.pt."""
+        checkpoint = {name: part.state_dict() for name, part in self.state.items()}
+        checkpoint |= {"script": METHOD, "settings": self.settings, "step": step, "images_seen": self.images_seen}
+        checkpoint["log_size"] = self.log.stat().st_size
+        atomic_write(self.args.out / "last.pt", lambda part: torch.save(checkpoint, part))
+        self.last_save = self.bar.format_dict["elapsed"]
+
+    def close(self):
+        """Leave the run folder, and the script if it got a signal."""
         self.lock.release()
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
         if WORLD > 1:
             dist.destroy_process_group()
-        if self.signal and not error:
-            print(f"saved at step {self.bar.n}; repeat the command to resume")
-            sys.exit(128 + self.signal)
-
-    def on_signal(self, number, frame):
-        self.signal = number
-
-    def report(self, step, epoch, losses):
-        """Log the losses every two seconds. Returns whether to save now. A loss that is not finite ends the run."""
-        now, args = time.monotonic(), self.args
-        if WORLD > 1:  # all processes stop at the same step
-            number = torch.tensor(self.signal)
-            dist.all_reduce(number, dist.ReduceOp.MAX)
-            self.signal = number.item()
-        self.should_stop = self.signal > 0
-        save = self.should_stop or step == self.last_step or now - self.last_save > 600
-        save = save or args.save_every and step % args.save_every == 0
-        if save or step == self.start_step + 1 or now - self.last_report > 2:
-            losses = {name: loss.item() for name, loss in losses.items()}  # waits for the device
-            if not all(map(math.isfinite, losses.values())):
-                fail(f"a loss is not finite at step {step}: {losses}; last.pt is kept; try a lower --lr")
-            rate = (step - self.bar.n) * args.batch_size / max(now - self.last_report, 1e-9)
-            with open(args.out / "log.jsonl", "a") as log:
-                log.write(json.dumps({"step": step, "epoch": epoch, **losses, "images_per_s": rate}) + "\n")
-            with contextlib.suppress(OSError):  # the terminal may be closed
-                self.bar.set_postfix(losses, images_per_s=rate, refresh=False)
-                self.bar.update(step - self.bar.n)
-            self.last_report = now
-        return save and RANK == 0
-
-    def save_checkpoint(self, step):
-        """Write last.pt."""
-        images_seen = self.images_seen + (step - self.start_step) * self.args.batch_size
-        checkpoint = {"script": METHOD, "settings": self.settings, "step": step, "images_seen": images_seen}
-        checkpoint |= {name: part.state_dict() for name, part in self.state.items()}
-        atomic_write(self.args.out / "last.pt", functools.partial(torch.save, checkpoint))
-        self.last_save = time.monotonic()
+        with contextlib.suppress(OSError):
+            self.bar.close()
+            print(f"{self.args.out} is saved at step {self.bar.n} of {self.last_step}; pictures are in its samples/")
+        if self.should_stop:
+            sys.exit(128 + self.should_stop)
 
 
 def set_seed(args, step):
-    """Make what is random in an update depend on --seed and the step alone, so that a resumed run is the same."""
-    backend = torch.default_generator if args.device == "cpu" else torch.get_device_module(args.device)
-    backend.manual_seed(hash((args.seed, step)) + RANK)
+    """Random numbers on the device depend on --seed and the step alone, so that a resumed run is the same run."""
+    generators = torch.cuda if "cuda" in args.device else torch  # torch would seed every backend, which takes longer
+    generators.manual_seed(hash((args.seed, step)) + RANK)
 
 
 def load_checkpoint(run):
     """The dict in RUN/last.pt, on the CPU. No code in it is run."""
     path = Path(run, "last.pt")
     if not path.exists():
-        fail(f"there is no {path}: train first, or name a run folder by --out")
+        fail(f"there is no {path}: train first, or give another --out")
     with explain_errors(f"{path} is not a checkpoint of {METHOD}"):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         if checkpoint["script"] != METHOD:
@@ -892,21 +779,14 @@ def load_checkpoint(run):
     return checkpoint
 
 
-def init_distributed(args):
-    """Join the processes of torchrun. All but the first are silent, and write to a folder that is thrown away."""
-    dist.init_process_group()
+def init_distributed(args, state):
+    """Under torchrun, join the processes: optimizers share gradients. Only the first one prints and writes to --out."""
+    if WORLD > 1:
+        dist.init_process_group()
+        for part in [part for name, part in state.items() if name.startswith("opt")]:
+            part.register_step_pre_hook(average_gradients)
     if RANK > 0:
         args.out, sys.stdout = Path(tempfile.mkdtemp()), open(os.devnull, "w")
-        atexit.register(shutil.rmtree, args.out, ignore_errors=True)
-
-
-def share_checkpoint(state, checkpoint):
-    """From now on optimizers average their gradients over all processes. Returns the first one's checkpoint to all."""
-    for name in [name for name in state if name.startswith("opt")]:
-        state[name].register_step_pre_hook(average_gradients)
-    shared = [checkpoint]
-    dist.broadcast_object_list(shared)
-    return shared[0]
 
 
 def average_gradients(optimizer, *_):
@@ -919,10 +799,12 @@ def average_gradients(optimizer, *_):
 
 def capture(step, args):
     """On CUDA, `step` as one CUDA graph: the fourth call records it, later ones replay it and overwrite its losses."""
+    if "cuda" in args.device:
+        torch.set_float32_matmul_precision("high")  # TF32, which convolutions have anyway
+        torch.backends.cudnn.benchmark = True
     if "cuda" not in args.device or args.no_capture:
         return step
     graph, stream, calls, inputs, losses = torch.cuda.CUDAGraph(), torch.cuda.Stream(), itertools.count(), [], {}
-    torch.backends.cudnn.benchmark = True
 
     def replay(*batch):
         if next(calls) < 3:  # warm up
@@ -947,57 +829,46 @@ def find_images(folder, others=()):
     """[(split, folders, file)] of all images below `folder`; the split is train, val or test if a folder says so."""
     names = sorted(glob.glob("**/*.*", root_dir=folder, recursive=True))  # follows links, leaves out hidden files
     runs = tuple(name.removesuffix("log.jsonl") for name in names if name.endswith("/log.jsonl"))
-    names = [name for name in names if not name.startswith(runs or "/")]
-    names = [name for name in names if not name.endswith(others or "/")]
+    names, found = [name for name in names if not name.startswith(runs or "/")], []
     images = [name for name in names if name.lower().endswith(IMAGES)]
-    found = []
+    left_out = len([name for name in names if not name.lower().endswith((*IMAGES, *others))])
+    if left_out:
+        print(f"{folder}: {left_out} files with other endings are left out")
     for name in images:
-        *parts, _ = re.sub("(train|test|val)[_-]?([AB])/", r"\1/\2/", name).split("/")
-        splits = {SPLITS[part] for part in parts if part in SPLITS} or {"train"}
-        if len(splits) > 1:
+        *parts, _ = re.sub(r"\b(train|test|val)(id|idation)?[_-]?([AB]?)/", r"\1/\3/", name).split("/")
+        splits = [part for part in parts if part in ("train", "val", "test")] or ["train"]
+        if len({*splits}) > 1:
             fail(f"{folder}/{name} is in two splits")
-        found.append((*splits, "/".join(part for part in parts if part not in SPLITS), Path(folder, name)))
-    if len(names) > len(images):
-        print(f"{folder}: {len(names) - len(images)} files with other endings are left out")
+        found.append((splits[0], "/".join(part for part in parts if part not in ("", *splits)), Path(folder, name)))
     return found or fail(f"{folder} has no images ({', '.join(IMAGES)})")
 
 
-def read_image(file, white=65535):
-    """An image as RGB with 8 bits, upright, transparent pixels on white; `white` is the value of white in 16 bits."""
+def read_image(file):
+    """An image as RGB with 8 bits, upright, transparent pixels on white."""
     with explain_errors(f"{file} cannot be used as an image"), Image.open(file) as image:
-        extra = getattr(image, "tag_v2", {}).get(338, (1,))  # kinds of the extra bands of a TIFF: 1 and 2 are alpha
-        if (
-            image.mode in ("I", "F")
-            or extra[0] not in (1, 2)
-            or image.format != "MPO"
-            and getattr(image, "n_frames", 1) > 1
-        ):
-            raise ValueError("give 8-bit or 16-bit gray, or 8-bit RGB, of one page and without further bands")
+        more_bands = 0 in getattr(image, "tag_v2", {}).get(338, ())  # of a TIFF, and not alpha
+        if image.mode not in MODES or more_bands or getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
+            raise ValueError(f"mode {image.mode}; give 8 or 16 bits, gray or RGB, one page")
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I;16"):
-            pixels = np.asarray(image).astype(np.uint32)
-            if pixels.max() > white:
-                raise ValueError(f"it has a pixel of {pixels.max()}, above --white {white}")
-            if pixels.max() < white / 8:
-                warnings.warn("a 16-bit image is almost black: is --white right?", stacklevel=2)  # said once
-            image = Image.fromarray(np.uint8(pixels * 255 // white))
+            image = Image.fromarray(np.uint8(np.asarray(image) // 257))
+            if image.getextrema()[1] < 32:
+                warnings.warn("a 16-bit image is almost black: scale its pixels to 0 to 65535", stacklevel=2)  # once
         if image.has_transparency_data:
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
         return image.convert("RGB")
 
 
-def cache_images(args, items, read, shape):
-    """read(item) for all items, tuples of files: uint8 (N, *shape), decoded once and kept in --data-root/cache."""
-    facts = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for files in items for file in files]
-    options = [vars(args).get(name) for name in FIXED]
-    key = hashlib.sha256(repr((facts, shape, options)).encode()).hexdigest()[:16]
+def cache_images(args, groups, read, shape):
+    """read(group) of all groups, tuples of files, as uint8 (N, *shape): done once and kept in --data-root/cache."""
+    facts = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for group in groups for file in group]
+    key = hashlib.sha256(repr((facts, shape, args.size, vars(args).get("source"))).encode()).hexdigest()[:16]
     path = args.data_root / "cache" / f"{METHOD}-{key}.npy"
-    path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{path}.lock"), ThreadPoolExecutor() as pool:
         if not path.exists():
-            print(f"decoding {len(items)} images into {path}, {len(items) * math.prod(shape) >> 20} MiB")
-            pixels = np.lib.format.open_memmap(f"{path}.part", "w+", np.uint8, (len(items), *shape))
-            for i, image in enumerate(tqdm(pool.map(read, items), total=len(items), unit="image")):
+            pixels = np.lib.format.open_memmap(f"{path}.part", "w+", np.uint8, (len(groups), *shape))
+            print(f"decoding {len(groups)} images to {path}, {pixels.nbytes >> 20} MiB")
+            for i, image in enumerate(tqdm(pool.map(read, groups), total=len(groups), delay=1, file=sys.stdout)):
                 pixels[i] = image
             os.replace(f"{path}.part", path)
     pixels = torch.from_numpy(np.load(path, mmap_mode="c"))
@@ -1005,23 +876,9 @@ def cache_images(args, items, read, shape):
     return pixels.to(args.device) if fits else pixels
 
 
-def save_grid(path, images, titles):
-    """Write Pillow images of one size as one PNG, small ones enlarged, in columns under their titles."""
-    zoom = max(1, 128 // images[0].width)
-    cells = [
-        pil_to_tensor(image.convert("RGB")).repeat_interleave(zoom, 1).repeat_interleave(zoom, 2) for image in images
-    ]
-    sheet = ImageOps.expand(to_pil_image(make_grid(cells, len(titles), pad_value=255)), (0, 18, 0, 0), "white")
-    for i, title in enumerate(titles):
-        ImageDraw.Draw(sheet).text((4 + i * (cells[0].shape[2] + 2), 2), title, "black", font_size=14)
-    atomic_write(path, sheet.save)
-
-
 def main(argv=None):
     """Train, or use what was trained."""
     args = get_args(argv)
-    if WORLD > 1:
-        init_distributed(args)
     return train(args) if args.prompt is None else sample(args)
 
 
