@@ -497,8 +497,6 @@ def check_args(args, may_be_zero):
     args.out = args.out or Path("runs", f"{SCRIPT}-{Path(args.data).resolve().name}")
     device = args.device or torch.accelerator.current_accelerator(check_available=True) or "cpu"
     with explain_errors(f"--device {device} is not on this machine"):
-        if WORLD > 1 and str(device) != "cpu":
-            torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
         args.device = str(torch.empty(1, device=device).device)
     units = torch.cpu.get_capabilities() if args.device == "cpu" else {"cuda": torch.cuda.is_bf16_supported(False)}
     if args.precision == "auto":
