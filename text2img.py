@@ -441,9 +441,12 @@ def read_folder(args):
     train = [(kind, file, file.with_suffix(".txt")) for split, kind, file in found if split == "train"]
     if len(train) < 2:
         fail(f"{args.data} has {len(train)} training images: what is wrong for one needs another")
-    captions = [read_lines(text) for *_, text in train]
+    captions = [[f"a {kind}"] if kind and not text.exists() else read_lines(text) for kind, _, text in train]
     print(f"{args.data}: {len(train)} training images; {len(found) - len(train)} of test and val are left out")
-    facts = [(kind, path.name, path.stat().st_size) for kind, *paths in train for path in paths]
+    named = sum(not text.exists() for *_, text in train)
+    if named:
+        print(f"{named} images have no .txt: the name of their folder is their sentence")
+    facts = [(kind, path.name, path.stat().st_size) for kind, *paths in train for path in paths if path.exists()]
     args.images = hashlib.sha256(repr(facts).encode()).hexdigest()[:12]  # a run belongs to its images
 
     def read(files):  # whatever the aspect, as the authors do

@@ -280,3 +280,15 @@ def test_prompts(tmp_path):
     assert pictures[0] == pictures[1] != pictures[2]
     for bad in (empty, "", "   ", "红色的圆", "missing.txt"):
         assert_refused(run_main(ROW, *flags, bad), str(bad))
+
+
+def test_class_names_as_captions(tmp_path, capsys):
+    """Without NAME.txt the name of the folder is the sentence, which is said; without a folder that is refused."""
+    for name in ("daisy/0", "daisy/1", "tulip/2"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (20, 20)).save(tmp_path / f"{name}.png")
+    flags = ["--size", "16", "--load-size", "19", "--device", "cpu", "--data-root", str(tmp_path / "data"), "--data"]
+    _, captions, _ = text2img.read_folder(text2img.get_args([*flags, str(tmp_path)]))
+    assert captions == [["a daisy"], ["a daisy"], ["a tulip"]] and "3 images have no .txt" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="0.txt"):
+        text2img.read_folder(text2img.get_args([*flags, str(tmp_path / "daisy")]))

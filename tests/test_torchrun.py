@@ -12,7 +12,6 @@ import sys
 import time
 
 import pytest
-import torch
 from scripts import ROWS, environment, read_checkpoint, read_log
 
 NETWORK = """
@@ -88,14 +87,13 @@ def test_stops_at_one_step(row, torchrun, tmp_path):
 
 
 def test_two_are_one(torchrun, tmp_path):
-    """Two processes with half of the batch each do what one does: G of cyclegan, which has no batch norm, agrees."""
+    """Two processes with half of a batch each have the gradients of one: those of cyclegan, which has no batch norm."""
     row = next(row for row in ROWS if row.name == "cyclegan")
-    flags = [*row.tiny.split(), "--pool", 0, "--data-root", tmp_path / "data", "--max-steps", 3, "--out"]
+    flags = [*row.tiny.split(), "--pool", 0, "--data-root", tmp_path / "data", "--max-steps", 1, "--out"]
     child = torchrun(row, *flags, tmp_path / "two")
     assert child.wait(120) == 0, child.communicate()
     row.module.main([*map(str, flags), str(tmp_path / "one")])
-    one, two = (read_checkpoint(tmp_path / name)["G"] for name in ("one", "two"))
-    start = row.module.build(row.args())["G"].state_dict()
-    moved = sum((one[name] - start[name]).norm() for name in one)
-    apart = sum((one[name] - two[name]).norm() for name in one)
-    assert apart < moved / 20 and torch.isfinite(moved)
+    one, two = (read_checkpoint(tmp_path / name)["opt_G"]["state"] for name in ("one", "two"))
+    for weight in one:  # Adam's first moment is (1 - beta1) times the first gradient
+        apart = (one[weight]["exp_avg"] - two[weight]["exp_avg"]).norm()
+        assert apart <= 1e-3 * one[weight]["exp_avg"].norm() + 1e-6

@@ -2,8 +2,8 @@
 
 The suite does a little of both. At length, by hand:
 
-    python -m tests.torture kills --kills 200          # kill -9 at random moments; every run must end with equal weights
-    python -m tests.torture files --examples 2000      # images, checkpoints and folders with a few mutations each
+    python -m tests.torture kills --kills 200       # kill -9 at random moments; every run must end with equal weights
+    python -m tests.torture files --examples 2000   # images, checkpoints and folders with a few mutations each
 """
 
 import argparse
