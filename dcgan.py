@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["torch>=2.11", "torchvision>=0.26", "numpy>=2", "pillow>=11", "tqdm>=4.66"]
+# dependencies = ["torch>=2.11", "torchvision>=0.26", "numpy>=2", "pillow>=11", "tqdm>=4.66", "filelock>=3"]
 # ///
 """DCGAN: a convolutional generator and discriminator, and the rules that make them train.
 
@@ -451,7 +451,7 @@ class Run:
     """The run folder: resumes and saves `state`, logs, and stops on a signal. One process owns it at a time."""
 
     def __init__(self, args, state, images):
-        """Resume from last.pt, if it is there, with the settings in FIXED unchanged. `images` are shown in all."""
+        """Resume from last.pt if it is there. The whole run shows so many `images`, each of them once an epoch."""
         self.args, self.state, self.signal, self.last_save, self.should_stop = args, state, 0, 0, 0
         self.lock, self.log, last = FileLock(args.out / ".lock"), args.out / "log.jsonl", args.out / "last.pt"
         with explain_errors(f"{args.out} is in use by another process"):
@@ -460,7 +460,7 @@ class Run:
             old.unlink(missing_ok=True)
         self.settings = {name: value for name, value in vars(args).items() if not isinstance(value, Path)}
         self.settings["script"] = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
-        self.batch = args.batch_size * vars(args).get("k", 1)  # images in a step
+        self.batch = args.batch_size * vars(args).get("k", 1)  # images in a step; k is an option of others
         new = {"settings": {}, "step": 0, "images_seen": 0, "log_size": 0}
         saved = [load_checkpoint(args.out) if last.exists() else new]
         if WORLD > 1:  # the first process has the file
@@ -471,11 +471,11 @@ class Run:
             with explain_errors(f"--init {args.init} has other networks"):
                 for name in [name for name in state if not name.startswith(("opt", "pool"))]:
                     state[name].load_state_dict(load_checkpoint(args.init)[name])
-        goal = self.start_step + math.ceil((images - self.images_seen) / self.batch)
-        self.last_step = max(self.start_step, min(goal, args.max_steps or goal))
+        self.goal = self.start_step + max(0, math.ceil((images - self.images_seen) / self.batch))
+        self.last_step = max(self.start_step, min(self.goal, args.max_steps or self.goal))
         (args.out / "config.json").write_text(json.dumps(self.settings | {"torch": torch.__version__}, indent=2))
         begin = "resuming" if self.start_step else "starting"
-        print(f"{begin} {args.out} at step {self.start_step} of {self.last_step}, {args.device}, {args.precision}")
+        print(f"{begin} {args.out} at step {self.start_step} of {self.goal}, {args.device}, {args.precision}")
         numbers = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # as nohup sets it
         self.handlers = {number: signal.signal(number, self.on_signal) for number in numbers}
         bar = functools.partial(tqdm, unit="step", delay=1, mininterval=2, file=sys.stdout)
@@ -503,7 +503,7 @@ class Run:
             self.state[name].load_state_dict(part)
 
     def report(self, step, epoch, losses):
-        """Log the losses every two seconds. Returns whether to save now. A loss that is not finite ends the run."""
+        """Count the step, log the losses every two seconds, set should_stop after a signal. Returns whether to save."""
         args, number, elapsed = self.args, torch.tensor(self.signal), self.bar.format_dict["elapsed"]
         if WORLD > 1:  # all processes stop at the same step
             dist.all_reduce(number, dist.ReduceOp.MAX)
@@ -540,7 +540,8 @@ class Run:
             dist.destroy_process_group()
         with contextlib.suppress(OSError):
             self.bar.close()
-            print(f"{self.args.out} is saved at step {self.bar.n} of {self.last_step}; pictures are in its samples/")
+            done = "finished" if self.bar.n == self.goal else "saved"
+            print(f"{self.args.out} is {done} at step {self.bar.n} of {self.goal}; pictures are in its samples/")
         if self.should_stop:
             sys.exit(128 + self.should_stop)
 
@@ -576,13 +577,14 @@ def init_distributed(args, state):
 def average_gradients(optimizer, *_):
     """Replace the gradients that `optimizer` is about to use by their mean over all processes, in one message."""
     grads = [weight.grad for weight in optimizer.param_groups[0]["params"] if weight.grad is not None]
-    mean = nn.utils.parameters_to_vector(grads) / WORLD
-    dist.all_reduce(mean)
-    nn.utils.vector_to_parameters(mean, grads)
+    if grads:
+        mean = nn.utils.parameters_to_vector(grads) / WORLD
+        dist.all_reduce(mean)
+        nn.utils.vector_to_parameters(mean, grads)
 
 
 def capture(step, args):
-    """On CUDA, `step` as one CUDA graph: the fourth call records it, later ones replay it and overwrite its losses."""
+    """On CUDA, `step` as one CUDA graph, recorded in the fourth call. Each call overwrites the losses of the last."""
     if "cuda" in args.device:
         torch.set_float32_matmul_precision("high")  # TF32, which convolutions have anyway
         torch.backends.cudnn.benchmark = True

@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["torch>=2.11", "torchvision>=0.26", "numpy>=2", "pillow>=11", "tqdm>=4.66"]
+# dependencies = ["torch>=2.11", "torchvision>=0.26", "numpy>=2", "pillow>=11", "tqdm>=4.66", "filelock>=3"]
 # ///
 """pix2pix: a conditional GAN that translates images, learned from pairs of input and output.
 
@@ -55,7 +55,9 @@ SETS = {  # the named sets, and which defaults each changes
     **dict.fromkeys(("edges2shoes", "edges2handbags"), dict(epochs=15, batch_size=4)),
     "night2day": dict(direction="BtoA", epochs=17, batch_size=4),
 }
-FIXED = "direction source size load_size no_mirror loss lambda_l1 no_skips ngf ndf n_layers seed images".split()
+FIXED = (
+    "direction source size load_size no_mirror loss lambda_l1 no_skips ngf ndf n_layers seed images".split()
+)  # of a run
 CHANNELS = {None: (3, 3), "gray": (1, 2), "hole": (3, 3)}  # of x and y, by --from; gray is L and ab of CIE Lab
 RGB, LAB = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
 LAYOUTS = "give images with A and B side by side, or folders A and B, in folders train and test"
@@ -70,7 +72,7 @@ def get_args(argv=None):
     parser = argparse.ArgumentParser(usage="%(prog)s [options]", description=__doc__.partition("\n")[0])
     parser.formatter_class = functools.partial(argparse.ArgumentDefaultsHelpFormatter, width=120)
     add = parser.add_argument
-    add("--data", default="toy", help=f"a folder of pairs, or one of {', '.join(SETS)}")
+    add("--data", default="toy", help=f"a folder of pairs, or one of {', '.join(SETS)}; toy is smaller")
     add("--data-root", type=Path, default="data", help="for downloads and decoded images")
     add("--direction", choices=("AtoB", "BtoA"), default="AtoB", help="A is the left half or folder")
     add("--from", dest="source", choices=("gray", "hole"), help="pairs from photos: colorization, inpainting")
@@ -84,7 +86,7 @@ def get_args(argv=None):
     add("--ndf", type=int, default=64, help="channels of D's first layer")
     add("--n-layers", type=int, default=3, help="strided layers of D: 0, 1, 3, 5 see 1, 16, 70, 286 pixels")
     add("--epochs", type=int, default=200, help="passes over the pairs")
-    add("--decay-epochs", type=int, default=0, help="last epochs, in which the rate falls to 0")
+    add("--decay-epochs", type=int, default=0, help="last epochs, in which the rate falls towards 0")
     add("--batch-size", type=int, default=1, help="over all processes")
     add("--lr", type=float, default=2e-4, help="learning rate of Adam")
     add("--seed", type=int, default=0, help="of weights, order, crops and dropout")
@@ -183,7 +185,7 @@ def gan_loss(logits, real):
 
 
 def build(args):
-    """{name: network or optimizer} on args.device: all that is learned, and so all that last.pt holds."""
+    """{name: network or optimizer} on args.device: all that learns. A checkpoint holds their states."""
     torch.manual_seed(args.seed)
     c_in, c_out = CHANNELS[args.source]
     G = init_weights(Generator(c_in, c_out, args.size, args.ngf, not args.no_skips)).to(args.device)
@@ -347,7 +349,10 @@ def to_xy(args, pixels):
 
 
 def batches(args, pairs, images_seen):
-    """Yields epoch, x and y (B, C, size, size) in [-1, 1], cropped, mirrored (Sec. 3.3). Put your own loader here."""
+    """Yields epoch, x and y, without end: x and y (B, C, size, size) in [-1, 1], cropped and mirrored (Sec. 3.3).
+
+    For a loader of your own yield the same here, all of one B, and let load_pairs return its length and test pairs.
+    """
     orders = functools.lru_cache(2)(lambda epoch: np.random.default_rng([args.seed, epoch]).permutation(len(pairs)))
     for first in itertools.count(images_seen, args.batch_size):
         batch = []
@@ -377,7 +382,7 @@ def to_images(args, G, x, *y):
 
 def save_grid(args, G, pairs, names, step):
     """Translate `pairs`, uint8 (N, C, H, W), to OUT/test, and show x, G(x) and y of 16 pairs in OUT/samples."""
-    G, images = copy.deepcopy(G), []  # in training mode (Sec. 3.3) batch norm would change its averages
+    G, images = copy.deepcopy(G), []  # a copy, as G is in training mode (Sec. 3.3) and would change its averages
     for pair, name in zip(pairs, names):
         images += to_images(args, G, *to_xy(args, pair[None]))
         atomic_write(args.out / "test" / f"{name}.png", images[-2].save)
@@ -386,7 +391,10 @@ def save_grid(args, G, pairs, names, step):
 
 
 def load_generator(run, device="cpu"):
-    """G of a run folder in training mode, as the paper tests it: with dropout and the batch's own statistics."""
+    """G of a run folder in training mode, as the paper tests it: with dropout and the batch's own statistics.
+
+    x = pil_to_tensor(read_image("photo.jpg"))[None] / 127.5 - 1, and to_images(G.settings, G, x)[1] is G(x).
+    """
     checkpoint = load_checkpoint(run)
     with explain_errors(f"{run}/last.pt is damaged"):
         settings = argparse.Namespace(**checkpoint["settings"])
@@ -464,7 +472,7 @@ class Run:
     """The run folder: resumes and saves `state`, logs, and stops on a signal. One process owns it at a time."""
 
     def __init__(self, args, state, images):
-        """Resume from last.pt, if it is there, with the settings in FIXED unchanged. `images` are shown in all."""
+        """Resume from last.pt if it is there. The whole run shows so many `images`, each of them once an epoch."""
         self.args, self.state, self.signal, self.last_save, self.should_stop = args, state, 0, 0, 0
         self.lock, self.log, last = FileLock(args.out / ".lock"), args.out / "log.jsonl", args.out / "last.pt"
         with explain_errors(f"{args.out} is in use by another process"):
@@ -473,7 +481,7 @@ class Run:
             old.unlink(missing_ok=True)
         self.settings = {name: value for name, value in vars(args).items() if not isinstance(value, Path)}
         self.settings["script"] = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
-        self.batch = args.batch_size * vars(args).get("k", 1)  # images in a step
+        self.batch = args.batch_size * vars(args).get("k", 1)  # images in a step; k is an option of others
         new = {"settings": {}, "step": 0, "images_seen": 0, "log_size": 0}
         saved = [load_checkpoint(args.out) if last.exists() else new]
         if WORLD > 1:  # the first process has the file
@@ -484,11 +492,11 @@ class Run:
             with explain_errors(f"--init {args.init} has other networks"):
                 for name in [name for name in state if not name.startswith(("opt", "pool"))]:
                     state[name].load_state_dict(load_checkpoint(args.init)[name])
-        goal = self.start_step + math.ceil((images - self.images_seen) / self.batch)
-        self.last_step = max(self.start_step, min(goal, args.max_steps or goal))
+        self.goal = self.start_step + max(0, math.ceil((images - self.images_seen) / self.batch))
+        self.last_step = max(self.start_step, min(self.goal, args.max_steps or self.goal))
         (args.out / "config.json").write_text(json.dumps(self.settings | {"torch": torch.__version__}, indent=2))
         begin = "resuming" if self.start_step else "starting"
-        print(f"{begin} {args.out} at step {self.start_step} of {self.last_step}, {args.device}, {args.precision}")
+        print(f"{begin} {args.out} at step {self.start_step} of {self.goal}, {args.device}, {args.precision}")
         numbers = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # as nohup sets it
         self.handlers = {number: signal.signal(number, self.on_signal) for number in numbers}
         bar = functools.partial(tqdm, unit="step", delay=1, mininterval=2, file=sys.stdout)
@@ -516,7 +524,7 @@ class Run:
             self.state[name].load_state_dict(part)
 
     def report(self, step, epoch, losses):
-        """Log the losses every two seconds. Returns whether to save now. A loss that is not finite ends the run."""
+        """Count the step, log the losses every two seconds, set should_stop after a signal. Returns whether to save."""
         args, number, elapsed = self.args, torch.tensor(self.signal), self.bar.format_dict["elapsed"]
         if WORLD > 1:  # all processes stop at the same step
             dist.all_reduce(number, dist.ReduceOp.MAX)
@@ -553,7 +561,8 @@ class Run:
             dist.destroy_process_group()
         with contextlib.suppress(OSError):
             self.bar.close()
-            print(f"{self.args.out} is saved at step {self.bar.n} of {self.last_step}; pictures are in its samples/")
+            done = "finished" if self.bar.n == self.goal else "saved"
+            print(f"{self.args.out} is {done} at step {self.bar.n} of {self.goal}; pictures are in its samples/")
         if self.should_stop:
             sys.exit(128 + self.should_stop)
 
@@ -589,13 +598,14 @@ def init_distributed(args, state):
 def average_gradients(optimizer, *_):
     """Replace the gradients that `optimizer` is about to use by their mean over all processes, in one message."""
     grads = [weight.grad for weight in optimizer.param_groups[0]["params"] if weight.grad is not None]
-    mean = nn.utils.parameters_to_vector(grads) / WORLD
-    dist.all_reduce(mean)
-    nn.utils.vector_to_parameters(mean, grads)
+    if grads:
+        mean = nn.utils.parameters_to_vector(grads) / WORLD
+        dist.all_reduce(mean)
+        nn.utils.vector_to_parameters(mean, grads)
 
 
 def capture(step, args):
-    """On CUDA, `step` as one CUDA graph: the fourth call records it, later ones replay it and overwrite its losses."""
+    """On CUDA, `step` as one CUDA graph, recorded in the fourth call. Each call overwrites the losses of the last."""
     if "cuda" in args.device:
         torch.set_float32_matmul_precision("high")  # TF32, which convolutions have anyway
         torch.backends.cudnn.benchmark = True

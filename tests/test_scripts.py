@@ -117,7 +117,7 @@ def test_finished_run(row, run, call):
     before = snapshot(run)
     for steps in (STEPS, STEPS - 1):
         result = call(row, *row.tiny.split(), "--out", run, "--max-steps", steps)
-        assert result.said == 0 and f"{STEPS} of " in result.out
+        assert result.said == 0 and f"saved at step {STEPS} of " in result.out
     assert {name: data for name, data in snapshot(run).items() if name != "config.json"} == {
         name: data for name, data in before.items() if name != "config.json"
     }
@@ -314,12 +314,12 @@ def test_loss_not_finite(row, call, tmp_path):
 
 
 LIMITS = {  # lines of the method, lines, bytes: no file grows beyond this
-    "pix2pix": (144, 690, 38_500),
+    "pix2pix": (144, 700, 39_000),
     "cyclegan": (220, 710, 39_500),
-    "gan": (180, 650, 35_000),
+    "gan": (180, 660, 35_500),
     "cgan": (210, 690, 36_000),
-    "dcgan": (150, 670, 37_000),
-    "text2img": (270, 890, 48_500),
+    "dcgan": (150, 680, 37_000),
+    "text2img": (270, 900, 49_000),
 }
 FOLDERS = {"bench": (2500, 125_000), "tests": (4500, 220_000)}
 
