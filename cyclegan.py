@@ -429,6 +429,8 @@ def translate(args):
     found = find_images(args.translate) if args.translate.is_dir() else [("", "", args.translate)]
     if to.resolve() in [file.parent.resolve() for *_, file in found]:
         fail(f"--to {to} has the images themselves: choose another folder")
+    if len({(folder, file.stem) for _, folder, file in found}) < len(found):
+        fail(f"{args.translate} has images whose names differ in their ending only")
     for _, folder, file in found:
         try:
             image = read_image(file)
@@ -436,7 +438,7 @@ def translate(args):
             errors.append(str(error))
             continue
         atomic_write(to / folder / f"{file.stem}.png", to_images(args, pil_to_tensor(image), G)[1].save)
-    print(f"{len(found) - len(errors)} images are translated to {to}")
+    print(f"{len(found) - len(errors)} of {len(found)} images are translated to {to}")
     return to if not errors else sys.exit("\n".join(errors))
 
 

@@ -308,7 +308,7 @@ def load_pairs(args):
     alone = [str(file) for pair in pairs if set(pair) != sides for file in pair.values()]
     train, test = splits["train"], splits["test"] or splits["val"]
     if alone or not train:
-        fail(f"{args.data}: {len(train)} training pairs; no partner for {', '.join(alone[:9])}; {LAYOUTS}")
+        fail(f"{args.data}: no training pairs, or no partner for {', '.join(alone[:9])}; {LAYOUTS}")
     print(f"{args.data}: {len(train)} training pairs, {len(test) or 'they are also the'} test pairs, {args.direction}")
     test = test or dict(itertools.islice(train.items(), 16))
     pairs = []
@@ -326,8 +326,10 @@ def read_pair(args, size, files):
         if w != 2 * h:
             fail(f"{files[0]} has {w}x{h} pixels, not twice as wide as high; {LAYOUTS}, or photos with --from")
         a, b = a.crop((0, 0, h, h)), a.crop((h, 0, w, h))
-    if a.size != b.size or min(a.size) < args.size:
-        fail(f"{files[0]}: A has {a.size} and B {b.size} pixels; they must be equal, and not below --size {args.size}")
+    if a.size != b.size:
+        fail(f"{files[0]}: A has {a.size} and B {b.size} pixels; they must be equal")
+    if min(a.size) < args.size:
+        fail(f"{files[0]} has {a.size} pixels: give a --size of at most {2 ** int(math.log2(min(a.size)))}")
     a, b = (image.resize((size, size), Image.Resampling.BICUBIC) for image in (a, b))
     images = [to_lab(a)] if args.source == "gray" else [a, b]
     return torch.cat([pil_to_tensor(image) for image in images])
@@ -411,6 +413,8 @@ def translate(args):
     found = find_images(args.translate) if args.translate.is_dir() else [("", "", args.translate)]
     if to.resolve() in [file.parent.resolve() for *_, file in found]:
         fail(f"--to {to} has the images themselves: choose another folder")
+    if len({(folder, file.stem) for _, folder, file in found}) < len(found):
+        fail(f"{args.translate} has images whose names differ in their ending only")
     for _, folder, file in found:
         try:
             image = read_image(file)
@@ -419,7 +423,7 @@ def translate(args):
             continue
         x, _ = to_xy(args, pil_to_tensor(to_lab(image) if args.source == "gray" else image)[None])
         atomic_write(to / folder / f"{file.stem}.png", to_images(args, G, x)[1].save)
-    print(f"{len(found) - len(errors)} images are translated to {to}")
+    print(f"{len(found) - len(errors)} of {len(found)} images are translated to {to}")
     return to if not errors else sys.exit("\n".join(errors))
 
 

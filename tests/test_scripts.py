@@ -315,7 +315,7 @@ def test_loss_not_finite(row, call, tmp_path):
 
 LIMITS = {  # lines of the method, lines, bytes: no file grows beyond this
     "pix2pix": (144, 700, 39_000),
-    "cyclegan": (220, 710, 39_500),
+    "cyclegan": (220, 715, 39_900),
     "gan": (180, 660, 35_500),
     "cgan": (210, 690, 36_000),
     "dcgan": (150, 680, 37_000),
