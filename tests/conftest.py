@@ -4,12 +4,17 @@ import os
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported; results then have the same bits in every process
 
+import signal
 import subprocess
 import sys
 from types import SimpleNamespace
 
 import pytest
 from scripts import ROWS, environment, run_main
+
+for number, handler in ((signal.SIGINT, signal.default_int_handler), (getattr(signal, "SIGHUP", None), signal.SIG_DFL)):
+    if number and signal.getsignal(number) == signal.SIG_IGN:  # as under nohup, or in the background of a shell
+        signal.signal(number, handler)
 
 
 @pytest.fixture(autouse=True)
