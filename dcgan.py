@@ -32,7 +32,6 @@ import os
 import re
 import signal
 import sys
-import tempfile
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -65,8 +64,9 @@ READERS = {  # torchvision's class for each, the package that it needs, and a fi
     "celeba": (datasets.CelebA, "gdown", "celeba/list_eval_partition.txt"),
     "lsun": (datasets.LSUN, "lmdb", "bedroom_train_lmdb/data.mdb"),
 }
+COLUMNS = ["0, 10, 20, ...", *"123456789"]  # the numbers of samples, for --arithmetic and --turn
 CRITICS = {"wgan": dict(k=5, lr=5e-5), "wgan-gp": dict(k=5, lr=1e-4)}  # losses, and which defaults each changes
-FIXED = "size channels kernel nz ngf ndf loss k seed images".split()
+FIXED = "white size channels kernel nz ngf ndf loss k seed".split()
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 MODES = "1 L LA P PA RGB RGBA CMYK I;16 I;16B".split()  # the Pillow images that 8 bits of red, green and blue can show
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
@@ -77,18 +77,21 @@ def get_args(argv=None):
     """Options from `argv` or the command line. The defaults are the paper's, or those of the named set and the loss."""
     parser = argparse.ArgumentParser(usage="%(prog)s [options]", description=__doc__.partition("\n")[0])
     parser.formatter_class = functools.partial(argparse.ArgumentDefaultsHelpFormatter, width=120)
-    add = parser.add_argument
+    add = parser.add_argument_group("data").add_argument
     needs = "; ".join(f"{name} needs {package}" for name, (_, package, _) in READERS.items() if package)
     add("--data", default="toy", help=f"a folder of images, or one of {', '.join(SETS)}")
     add("--data-root", type=Path, default="data", help=f"for downloads; {needs}")
+    add("--white", type=int, default=65535, help="16-bit pixel value that is white")
     add("--size", type=int, choices=(28, 32, 64, 128), default=64, help="pixels a side")
     add("--channels", type=int, choices=(1, 3), default=3, help="1 gray, 3 colour")
+    add = parser.add_argument_group("method").add_argument
     add("--loss", choices=("ns", "minimax", "lsgan", *CRITICS), default="ns", help="ns: the paper's, non-saturating")
     add("--k", type=int, default=1, help="updates of D for one of G; 5 with wgan, wgan-gp")
     add("--kernel", type=int, choices=(4, 5), default=5, help="5: the paper, 4: the Torch code")
     add("--nz", type=int, default=100, help="numbers in z")
     add("--ngf", type=int, default=128, help="channels of G's last hidden layer; Torch code: 64")
     add("--ndf", type=int, default=128, help="channels of D's first layer; Torch code: 64")
+    add = parser.add_argument_group("training").add_argument
     add("--epochs", type=int, default=25, help="passes of D over the images")
     add("--batch-size", type=int, default=128, help="images in an update of D, over all processes")
     add("--lr", type=float, default=2e-4, help="learning rate of Adam; wgan: 5e-5 of RMSprop, wgan-gp: 1e-4")
@@ -101,6 +104,7 @@ def get_args(argv=None):
     add("--device", help="cpu, cuda, cuda:1, mps, ...; None: the accelerator, if there is one")
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 where the device has it")
     add("--no-capture", action="store_true", help="on CUDA: no CUDA graph")
+    add = parser.add_argument_group("use of a trained model").add_argument
     add("--sample", type=int, metavar="N", help="make N images, a sheet with their numbers, a walk")
     add("--arithmetic", metavar="SUM", help="of means of samples by number, '3,7,12 - 5,8,9 + 1,2,4' (Fig. 7)")
     add("--turn", metavar="SUM", help="from one mean to another, '1,2,3,4 - 5,6,7,8' (Fig. 8)")
@@ -109,7 +113,7 @@ def get_args(argv=None):
     data = f"./{given.data}" if given.data in SETS and Path(given.data).is_dir() else given.data  # a folder comes first
     parser.set_defaults(**SETS.get(data, {}), **CRITICS.get(given.loss, {}))
     args = parser.parse_args(argv)
-    args.data, args.images = data, data
+    args.data = data
     check_args(args, may_be_zero=("lr", "seed"))
     for terms in (args.arithmetic, args.turn):
         if terms and not re.fullmatch(r" *\d{1,5}( *[-+,] *\d{1,5})* *", terms):
@@ -241,6 +245,7 @@ def make_step(args, state):
 
 def train(args):
     """Train for --epochs, from last.pt if it is there. Returns the run folder."""
+    check_settings(args)
     state = build(args)
     init_distributed(args, state)
     images = load_images(args)
@@ -251,7 +256,7 @@ def train(args):
         set_seed(args, step)  # of z
         if run.report(step, epoch, update(x)):  # it is time to save
             fakes = draw(args, state["G"], codes(args, args.seed, 100))
-            save_grid(args.out / "samples" / f"{step:07}.png", fakes, nrow=10, numbered=True)
+            save_grid(args.out / "samples" / f"{step:07}.png", fakes, COLUMNS)
             run.save_checkpoint(step)
         if run.should_stop:
             break
@@ -284,6 +289,7 @@ def digits(count, seed, size=28):
 
 def load_images(args):
     """The training images, uint8 (N, channels, size, size); of larger ones the middle square."""
+    args.images = args.data
     if args.data == "toy":
         return digits(10000, 0, args.size)[0].expand(-1, args.channels, -1, -1).to(args.device)
     if args.data in SETS:
@@ -306,7 +312,7 @@ def load_images(args):
 
     def read(group):
         ((file, i),) = group.items()
-        image = data[i][0] if args.data in SETS else read_image(file)
+        image = data[i][0] if args.data in SETS else read_image(file, args.white)
         image = image.crop((30, 40, 168, 178)) if args.data == "celeba" else image  # the face (Torch code)
         return pil_to_tensor(ImageOps.fit(image.convert("L" if args.channels == 1 else "RGB"), (args.size, args.size)))
 
@@ -358,15 +364,6 @@ def draw_lines(args, G, start, end):
     return draw(args, G, torch.lerp(start[:, None], end[:, None], way).flatten(0, 1))
 
 
-def save_grid(path, images, nrow, numbered=False):
-    """Write images, uint8 (N, C, size, size), as one PNG, `nrow` in a row; if `numbered`, each below its number."""
-    gap = 12 if numbered else 2
-    grid, cell = to_pil_image(make_grid(images, nrow, gap, pad_value=255)), images.shape[3] + gap
-    for i in range(len(images) if numbered else 0):
-        ImageDraw.Draw(grid).text((gap + i % nrow * cell, i // nrow * cell), str(i), "black")
-    atomic_write(path, grid.save)
-
-
 def load_generator(run, device="cpu"):
     """G of a run folder, z (N, nz) in [-1, 1] to images (N, channels, size, size) in [-1, 1]; with running averages."""
     checkpoint = load_checkpoint(run)
@@ -386,18 +383,21 @@ def sample(args):
         images, z = draw(args, G, codes(args, args.seed, args.sample)), codes(args, args.seed, 9)
         for i, image in enumerate(images):
             atomic_write(to / f"{i:05}.png", to_pil_image(image).save)
-        save_grid(to.with_name(f"{to.name}-sheet.png"), images[:100], nrow=10, numbered=True)
-        save_grid(to.with_name(f"{to.name}-walk.png"), draw_lines(args, G, z[:-1], z[1:]), nrow=9)  # Fig. 4
+        save_grid(to.with_name(f"{to.name}-sheet.png"), images[:100], COLUMNS)
+        save_grid(
+            to.with_name(f"{to.name}-walk.png"), draw_lines(args, G, z[:-1], z[1:]), ["z", *[""] * 7, "z'"]
+        )  # Fig. 4
     if args.arithmetic:  # the sum among eight neighbours, then its terms (Fig. 7)
         z, signs = means(args, args.seed, args.arithmetic)
         noise = codes(args, [args.seed, 1], 9) * 0.25
         noise[4] = 0
         images = draw(args, G, torch.cat([(signs * z).sum(0) + noise, z]))
-        save_grid(to.with_name(f"{to.name}-arithmetic.png"), images, nrow=3)
+        save_grid(to.with_name(f"{to.name}-arithmetic.png"), images, ["the sum", "is in", "the middle"])
     if args.turn:  # eight other codes, moved along the axis from -1 to 1 times (Fig. 8)
         z, signs = means(args, args.seed, args.turn)
         others, axis = codes(args, [args.seed, 2], 8), (signs * z).sum(0)
-        save_grid(to.with_name(f"{to.name}-turn.png"), draw_lines(args, G, others - axis, others + axis), nrow=9)
+        titles = [f"{i / 4 - 1:+} axis" for i in range(9)]
+        save_grid(to.with_name(f"{to.name}-turn.png"), draw_lines(args, G, others - axis, others + axis), titles)
     print(f"the images are in {to}, and {to.name}-*.png beside it")
     return to
 
@@ -407,7 +407,7 @@ def sample(args):
 
 def fail(sentence):
     """End the script with one sentence that says what to mend."""
-    raise SystemExit(f"{SCRIPT}: {sentence}")
+    sys.exit(f"{SCRIPT}: {sentence}")
 
 
 @contextlib.contextmanager
@@ -436,6 +436,7 @@ def check_args(args, may_be_zero):
         if type(value) in (int, float) and not (0 < value < math.inf or value == 0 and name in may_be_zero):
             fail(f"--{name.replace('_', '-')} {value}: give a number above 0")
     args.out = args.out or Path("runs", f"{SCRIPT}-{Path(args.data).resolve().name}")
+    args.script = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
     args.batch_size += -args.batch_size % WORLD  # an equal share for each process of torchrun
     device = args.device or torch.accelerator.current_accelerator(check_available=True) or "cpu"
     with explain_errors(f"--device {device} is not on this machine"):
@@ -447,60 +448,64 @@ def check_args(args, may_be_zero):
         args.precision = "bf16" if any(map(units.get, ("avx512_bf16", "amx_bf16", "cuda"))) else "fp32"
 
 
+def check_settings(args):
+    """Compare the settings with those of the run that is to be resumed: what is FIXED may not change."""
+    resumed = not args.fresh and (args.out / "last.pt").exists()
+    saved = load_checkpoint(args.out)["settings"] if resumed else {}
+    for name in [name for name in saved if name in args and saved[name] != getattr(args, name)]:
+        option = name.replace("_", "-").replace("source", "from")
+        if name in FIXED:
+            fail(f"{args.out} has other {option}, {saved[name]}: repeat that, or give --fresh or another --out")
+        print(f"{args.out}: {option} was {saved[name]}, is {getattr(args, name)}")
+
+
 class Run:
     """The run folder: resumes and saves `state`, logs, and stops on a signal. One process owns it at a time."""
 
     def __init__(self, args, state, images):
         """Resume from last.pt if it is there. The whole run shows so many `images`, each of them once an epoch."""
-        self.args, self.state, self.signal, self.last_save, self.should_stop = args, state, 0, 0, 0
-        self.lock, self.log, last = FileLock(args.out / ".lock"), args.out / "log.jsonl", args.out / "last.pt"
+        self.args, self.state, self.log, last = args, state, args.out / "log.jsonl", args.out / "last.pt"
+        self.signal, self.should_stop, self.last_save, self.start_step, self.images_seen = 0, 0, 0, 0, 0
+        self.batch = args.batch_size * vars(args).get("k", 1)  # images in a step; k is an option of others
+        self.settings = {name: value for name, value in vars(args).items() if not isinstance(value, Path)}
+        self.lock = FileLock(args.out / ".lock")
         with explain_errors(f"{args.out} is in use by another process"):
             self.lock.acquire(timeout=0)
         for old in [last, *args.out.glob("samples/*.png")] if args.fresh else []:
             old.unlink(missing_ok=True)
-        self.settings = {name: value for name, value in vars(args).items() if not isinstance(value, Path)}
-        self.settings["script"] = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
-        self.batch = args.batch_size * vars(args).get("k", 1)  # images in a step; k is an option of others
-        new = {"settings": {}, "step": 0, "images_seen": 0, "log_size": 0}
-        saved = [load_checkpoint(args.out) if last.exists() else new]
+        saved = [load_checkpoint(args.out) if last.exists() else {}]
         if WORLD > 1:  # the first process has the file
             dist.broadcast_object_list(saved)
-        with explain_errors(f"{last} is damaged; --fresh starts over"):
-            self.resume(**saved[0])
-        if args.init and not self.start_step:
+        with open(self.log, "a") as log:
+            log.truncate(min(log.tell(), saved[0].get("log_size", 0)))
+        if saved[0]:
+            with explain_errors(f"{last} is damaged; --fresh starts over"):
+                self.resume(saved[0])
+        elif args.init:
             with explain_errors(f"--init {args.init} has other networks"):
                 for name in [name for name in state if not name.startswith(("opt", "pool"))]:
                     state[name].load_state_dict(load_checkpoint(args.init)[name])
         self.goal = self.start_step + max(0, math.ceil((images - self.images_seen) / self.batch))
         self.last_step = max(self.start_step, min(self.goal, args.max_steps or self.goal))
         (args.out / "config.json").write_text(json.dumps(self.settings | {"torch": torch.__version__}, indent=2))
-        begin = "resuming" if self.start_step else "starting"
+        begin = "resuming" if saved[0] else "starting"
         print(f"{begin} {args.out} at step {self.start_step} of {self.goal}, {args.device}, {args.precision}")
         numbers = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # as nohup sets it
         self.handlers = {number: signal.signal(number, self.on_signal) for number in numbers}
-        bar = functools.partial(tqdm, unit="step", delay=1, mininterval=2, file=sys.stdout)
-        self.bar = bar(initial=self.start_step, total=self.last_step)
+        self.bar = tqdm(initial=self.start_step, total=self.last_step, delay=1, mininterval=2, file=sys.stdout)
 
     def on_signal(self, number, frame):
         self.signal = number
 
-    def resume(self, settings, step, images_seen, log_size, script=METHOD, **parts):
-        """Go on from a checkpoint, whose networks, optimizers and pools are `parts`; cut the log to it."""
-        self.start_step, self.images_seen = int(step), int(images_seen)
-        for name, old in settings.items():
-            new, option = self.settings.get(name), name.replace("_", "-").replace("source", "from")
-            if old != new and name in FIXED:
-                fail(f"{self.args.out} has other {option}, {old}: repeat that, or give --fresh or another --out")
-            if old != new:
-                print(f"{self.args.out}: {option} was {old}, is {new}")
-        with open(self.log, "a") as log:
-            log.truncate(min(log.tell(), log_size))
-        if step and parts.keys() != self.state.keys():
-            raise ValueError("it is not whole")
-        for name, part in parts.items():
+    def resume(self, saved):
+        """Go on from a checkpoint of the same images."""
+        if saved["settings"].get("images") != self.settings.get("images"):
+            fail(f"{self.args.out} has learned from other images: give those, or --fresh, or another --out")
+        self.start_step, self.images_seen = saved["step"], saved["images_seen"]
+        for name, part in self.state.items():
             if name.startswith("opt"):  # with the rate and the device of now
-                part["param_groups"] = self.state[name].state_dict()["param_groups"]
-            self.state[name].load_state_dict(part)
+                saved[name]["param_groups"] = part.state_dict()["param_groups"]
+            part.load_state_dict(saved[name])
 
     def report(self, step, epoch, losses):
         """Count the step, log the losses every two seconds, set should_stop after a signal. Returns whether to save."""
@@ -509,8 +514,7 @@ class Run:
             dist.all_reduce(number, dist.ReduceOp.MAX)
         self.should_stop, self.images_seen = number.item(), self.images_seen + self.batch
         due = step % args.save_every == 0 if args.save_every else elapsed - self.last_save > 600
-        save = due or self.should_stop or step == self.last_step
-        shown = False
+        save, shown = due or self.should_stop or step == self.last_step, False
         with contextlib.suppress(OSError):  # a terminal or pipe may be closed
             shown = self.bar.update()
         if shown or save:
@@ -524,7 +528,6 @@ class Run:
         return save and RANK == 0
 
     def save_checkpoint(self, step):
-        """Write last.pt."""
         checkpoint = {name: part.state_dict() for name, part in self.state.items()}
         checkpoint |= {"script": METHOD, "settings": self.settings, "step": step, "images_seen": self.images_seen}
         checkpoint["log_size"] = self.log.stat().st_size
@@ -558,9 +561,8 @@ def load_checkpoint(run):
     if not path.exists():
         fail(f"there is no {path}: train first, or give another --out")
     with explain_errors(f"{path} is not a checkpoint of {METHOD}"):
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if checkpoint["script"] != METHOD:
-            raise ValueError(f"it is one of {checkpoint['script']}")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        assert checkpoint["script"] == METHOD, f"it is one of {checkpoint['script']}"
     return checkpoint
 
 
@@ -568,10 +570,10 @@ def init_distributed(args, state):
     """Under torchrun, join the processes: optimizers share gradients. Only the first one prints and writes to --out."""
     if WORLD > 1:
         dist.init_process_group()
-        for part in [part for name, part in state.items() if name.startswith("opt")]:
-            part.register_step_pre_hook(average_gradients)
+        for name in [name for name in state if name.startswith("opt")]:
+            state[name].register_step_pre_hook(average_gradients)
     if RANK > 0:
-        args.out, sys.stdout = Path(tempfile.mkdtemp()), open(os.devnull, "w")
+        args.out, sys.stdout = args.out / f".rank{RANK}", open(os.devnull, "w")
 
 
 def average_gradients(optimizer, *_):
@@ -585,23 +587,19 @@ def average_gradients(optimizer, *_):
 
 def capture(step, args):
     """On CUDA, `step` as one CUDA graph, recorded in the fourth call. Each call overwrites the losses of the last."""
-    if "cuda" in args.device:
-        torch.set_float32_matmul_precision("high")  # TF32, which convolutions have anyway
-        torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.benchmark = torch.backends.cuda.matmul.allow_tf32 = True  # convolutions have TF32 anyway
     if "cuda" not in args.device or args.no_capture:
         return step
-    graph, stream, calls, inputs, losses = torch.cuda.CUDAGraph(), torch.cuda.Stream(), itertools.count(), [], {}
+    torch.cuda.synchronize()
+    torch.cuda.set_stream(torch.cuda.Stream())  # the default stream cannot be recorded
+    graph, calls, inputs, losses = torch.cuda.CUDAGraph(), itertools.count(), [], {}
 
     def replay(*batch):
         if next(calls) < 3:  # warm up
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                losses.update(step(*batch))
-            torch.cuda.current_stream().wait_stream(stream)
-            return losses
+            return step(*batch)
         if not inputs:
             inputs.extend(tensor.clone() for tensor in batch)
-            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
                 losses.update(step(*inputs))
         for kept, new in zip(inputs, batch):
             kept.copy_(new)
@@ -622,33 +620,41 @@ def find_images(folder, others=()):
         print(f"{folder}: {left_out} files with other endings are left out")
     for name in images:
         *parts, _ = re.sub(r"\b(train|test|val)(id|idation)?[_-]?([AB]?)/", r"\1/\3/", name).split("/")
-        splits = [part for part in parts if part in ("train", "val", "test")] or ["train"]
-        if len({*splits}) > 1:
-            fail(f"{folder}/{name} is in two splits")
-        found.append((splits[0], "/".join(part for part in parts if part not in ("", *splits)), Path(folder, name)))
+        split = next((part for part in parts if part in ("train", "val", "test")), "train")
+        found.append((split, "/".join(part for part in parts if part not in ("", split)), Path(folder, name)))
     return found or fail(f"{folder} has no images ({', '.join(IMAGES)})")
 
 
-def read_image(file):
-    """An image as RGB with 8 bits, upright, transparent pixels on white."""
+def read_image(file, white=65535):
+    """An image as RGB with 8 bits, upright, transparent pixels on white. `white` is the brightest of 16 bits."""
     with explain_errors(f"{file} cannot be used as an image"), Image.open(file) as image:
         more_bands = 0 in getattr(image, "tag_v2", {}).get(338, ())  # of a TIFF, and not alpha
         if image.mode not in MODES or more_bands or getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
             raise ValueError(f"mode {image.mode}; give 8 or 16 bits, gray or RGB, one page")
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I;16"):
-            image = Image.fromarray(np.uint8(np.asarray(image) // 257))
+            image = Image.fromarray(np.uint8(np.minimum(np.asarray(image, np.uint32), white) * 255 // white))
             if image.getextrema()[1] < 32:
-                warnings.warn("a 16-bit image is almost black: scale its pixels to 0 to 65535", stacklevel=2)  # once
-        if image.has_transparency_data:
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-        return image.convert("RGB")
+                warnings.warn("a 16-bit image is almost black: give the value of its white as --white", stacklevel=2)
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA")).convert("RGB")
+
+
+def save_grid(path, images, titles):
+    """Write uint8 images (C, h, w) of one size as one PNG, enlarged, in columns under their titles."""
+    zoom = -(-128 // images[0].shape[2])
+    cells = torch.stack([*images]).repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
+    sheet = ImageOps.expand(to_pil_image(make_grid(cells, len(titles), pad_value=255)), (0, 20, 0, 0), "white")
+    for i, title in enumerate(titles):
+        ImageDraw.Draw(sheet).text((4 + i * (cells.shape[3] + 2), 2), title, "black", font_size=14)
+    atomic_write(path, sheet.save)
 
 
 def cache_images(args, groups, read, shape):
     """read(group) of all groups, tuples of files, as uint8 (N, *shape): done once and kept in --data-root/cache."""
     facts = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for group in groups for file in group]
-    key = hashlib.sha256(repr((facts, shape, args.size, vars(args).get("source"))).encode()).hexdigest()[:16]
+    key = hashlib.sha256(repr((facts, shape, args.size, args.white, vars(args).get("source"))).encode()).hexdigest()[
+        :16
+    ]
     path = args.data_root / "cache" / f"{METHOD}-{key}.npy"
     with FileLock(f"{path}.lock"), ThreadPoolExecutor() as pool:
         if not path.exists():

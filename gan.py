@@ -63,7 +63,7 @@ NETS = {  # the authors' networks, and their rates of SGD
     "fc": dict(ngf=8000, ndf=1600, lr=0.025),
     "conv": dict(ngf=8000, ndf=32, lr=0.004),
 }
-FIXED = "size channels net nz ngf ndf k saturating optimiser average seed images".split()
+FIXED = "white size channels net nz ngf ndf k saturating optimiser average seed".split()
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 MODES = "1 L LA P PA RGB RGBA CMYK I;16 I;16B".split()  # the Pillow images that 8 bits of red, green and blue can show
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
@@ -73,11 +73,13 @@ def get_args(argv=None):
     """Options from `argv` or the command line. The defaults are the authors', or those of the named set."""
     parser = argparse.ArgumentParser(usage="%(prog)s [options]", description=__doc__.partition("\n")[0])
     parser.formatter_class = functools.partial(argparse.ArgumentDefaultsHelpFormatter, width=120)
-    add = parser.add_argument
+    add = parser.add_argument_group("data").add_argument
     add("--data", default="toy", help=f"a folder of images, or one of {', '.join(SETS)}")
     add("--data-root", type=Path, default="data", help="for downloads")
+    add("--white", type=int, default=65535, help="16-bit pixel value that is white")
     add("--size", type=int, default=28, help="pixels a side")
     add("--channels", type=int, choices=(1, 3), default=1, help="gray or colour")
+    add = parser.add_argument_group("method").add_argument
     add("--net", choices=NETS, default="mnist", help="networks for MNIST, or one of the pairs for CIFAR-10")
     add("--nz", type=int, default=100, help="numbers in z")
     add("--ngf", type=int, help="units of G's hidden layers; None: 1200, fc and conv 8000")
@@ -86,6 +88,7 @@ def get_args(argv=None):
     add("--saturating", action="store_true", help="G descends log(1 - D(G(z))), as Algorithm 1 prints it")
     add("--optimiser", choices=("sgd", "adam"), default="sgd", help="the authors', or the faster one")
     add("--average", type=float, help="draw with a mean of G that keeps this much an update; None: SGD 0, Adam .9999")
+    add = parser.add_argument_group("training").add_argument
     add("--epochs", type=int, help="passes over the images; None: SGD 250, Adam 40")
     add("--batch-size", type=int, default=100, help="images in an update of D")
     add("--lr", type=float, help="learning rate, of SGD at first; None: .1, fc .025, conv .004, Adam 1e-3")
@@ -98,13 +101,14 @@ def get_args(argv=None):
     add("--device", help="cpu, cuda, cuda:1, mps, ...; None: the accelerator, if there is one")
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: fp32, as bf16 draws worse")
     add("--no-capture", action="store_true", help="on CUDA: no CUDA graph")
+    add = parser.add_argument_group("use of a trained model").add_argument
     add("--sample", type=int, metavar="N", help="draw N images with the trained G")
     add("--to", type=Path, help="folder for samples; None: OUT/sampled")
     data = parser.parse_known_args(argv)[0].data
     data = f"./{data}" if data in SETS and Path(data).is_dir() else data  # a folder that is there comes first
     parser.set_defaults(**SETS.get(data, {}))
     args = parser.parse_args(argv)
-    args.data, args.images, args.precision = data, None, args.precision.replace("auto", "fp32")
+    args.data, args.precision = data, args.precision.replace("auto", "fp32")
     adam = dict(lr=1e-3, epochs=40, average=0.9999) if args.optimiser == "adam" else {}
     for name, value in (NETS[args.net] | dict(epochs=250, average=0.0) | adam).items():
         if getattr(args, name) is None:
@@ -269,6 +273,7 @@ def make_step(args, state):
 
 def train(args):
     """Train for --epochs, from last.pt if it is there, then show walks and neighbours. Returns the run folder."""
+    check_settings(args)
     images, state = load_images(args), build(args)
     fixed_z, drawer = draw_z(args, 100), state.get("G_mean", state["G"])
     run = Run(args, state, args.epochs * len(images))
@@ -337,7 +342,7 @@ def load_images(args):
         args.images = hashlib.sha256(repr(sizes).encode()).hexdigest()[:12]
         kind = f"{args.size}x{args.size} {'gray' if mode == 'L' else 'RGB'}"
         print(f"{args.data}: {len(files)} of {len(found)} images are for training; they are turned to {kind}")
-        squares = [ImageOps.fit(read_image(file).convert(mode), shape) for file in files]
+        squares = [ImageOps.fit(read_image(file, args.white).convert(mode), shape) for file in files]
         images = torch.stack([pil_to_tensor(square) for square in squares])
     images = rgb_to_grayscale(images) if args.channels == 1 else images.expand(-1, 3, -1, -1)
     return images.to(args.device)
@@ -375,16 +380,6 @@ def draw(args, G, z):
         x = torch.cat([G(part).float() for part in z.split(1000)])
     x = x if args.net == "mnist" else x / 4 + 0.5  # the mean and about the contrast of a usual photo
     return (x.clamp(0, 1) * 255).round().byte().cpu()
-
-
-def save_grid(path, images, titles):
-    """Write uint8 images (C, size, size) as one PNG, enlarged, in columns under their titles."""
-    zoom = max(1, 112 // images[0].shape[2])
-    cells = torch.stack(list(images)).repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
-    sheet = ImageOps.expand(to_pil_image(make_grid(cells, len(titles), pad_value=255)), (0, 18, 0, 0), "white")
-    for i, title in enumerate(titles):
-        ImageDraw.Draw(sheet).text((4 + i * (cells.shape[3] + 2), 2), title, "black", font_size=14)
-    atomic_write(path, sheet.save)
 
 
 def save_walk(args, G, z, path):
@@ -431,7 +426,7 @@ def sample(args):
 
 def fail(sentence):
     """End the script with one sentence that says what to mend."""
-    raise SystemExit(f"{SCRIPT}: {sentence}")
+    sys.exit(f"{SCRIPT}: {sentence}")
 
 
 @contextlib.contextmanager
@@ -460,6 +455,7 @@ def check_args(args, may_be_zero):
         if type(value) in (int, float) and not (0 < value < math.inf or value == 0 and name in may_be_zero):
             fail(f"--{name.replace('_', '-')} {value}: give a number above 0")
     args.out = args.out or Path("runs", f"{SCRIPT}-{Path(args.data).resolve().name}")
+    args.script = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
     device = args.device or torch.accelerator.current_accelerator(check_available=True) or "cpu"
     with explain_errors(f"--device {device} is not on this machine"):
         args.device = str(torch.empty(1, device=device).device)
@@ -468,66 +464,69 @@ def check_args(args, may_be_zero):
         args.precision = "bf16" if any(map(units.get, ("avx512_bf16", "amx_bf16", "cuda"))) else "fp32"
 
 
+def check_settings(args):
+    """Compare the settings with those of the run that is to be resumed: what is FIXED may not change."""
+    resumed = not args.fresh and (args.out / "last.pt").exists()
+    saved = load_checkpoint(args.out)["settings"] if resumed else {}
+    for name in [name for name in saved if name in args and saved[name] != getattr(args, name)]:
+        option = name.replace("_", "-").replace("source", "from")
+        if name in FIXED:
+            fail(f"{args.out} has other {option}, {saved[name]}: repeat that, or give --fresh or another --out")
+        print(f"{args.out}: {option} was {saved[name]}, is {getattr(args, name)}")
+
+
 class Run:
     """The run folder: resumes and saves `state`, logs, and stops on a signal. One process owns it at a time."""
 
     def __init__(self, args, state, images):
         """Resume from last.pt if it is there. The whole run shows so many `images`, each of them once an epoch."""
-        self.args, self.state, self.signal, self.last_save, self.should_stop = args, state, 0, 0, 0
-        self.lock, self.log, last = FileLock(args.out / ".lock"), args.out / "log.jsonl", args.out / "last.pt"
+        self.args, self.state, self.log, last = args, state, args.out / "log.jsonl", args.out / "last.pt"
+        self.signal, self.should_stop, self.last_save, self.start_step, self.images_seen = 0, 0, 0, 0, 0
+        self.batch = args.batch_size * vars(args).get("k", 1)  # images in a step; k is an option of others
+        self.settings = {name: value for name, value in vars(args).items() if not isinstance(value, Path)}
+        self.lock = FileLock(args.out / ".lock")
         with explain_errors(f"{args.out} is in use by another process"):
             self.lock.acquire(timeout=0)
         for old in [last, *args.out.glob("samples/*.png")] if args.fresh else []:
             old.unlink(missing_ok=True)
-        self.settings = {name: value for name, value in vars(args).items() if not isinstance(value, Path)}
-        self.settings["script"] = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
-        self.batch = args.batch_size * vars(args).get("k", 1)  # images in a step; k is an option of others
-        new = {"settings": {}, "step": 0, "images_seen": 0, "log_size": 0}
-        saved = [load_checkpoint(args.out) if last.exists() else new]
-        with explain_errors(f"{last} is damaged; --fresh starts over"):
-            self.resume(**saved[0])
-        if args.init and not self.start_step:
+        saved = [load_checkpoint(args.out) if last.exists() else {}]
+        with open(self.log, "a") as log:
+            log.truncate(min(log.tell(), saved[0].get("log_size", 0)))
+        if saved[0]:
+            with explain_errors(f"{last} is damaged; --fresh starts over"):
+                self.resume(saved[0])
+        elif args.init:
             with explain_errors(f"--init {args.init} has other networks"):
                 for name in [name for name in state if not name.startswith(("opt", "pool"))]:
                     state[name].load_state_dict(load_checkpoint(args.init)[name])
         self.goal = self.start_step + max(0, math.ceil((images - self.images_seen) / self.batch))
         self.last_step = max(self.start_step, min(self.goal, args.max_steps or self.goal))
         (args.out / "config.json").write_text(json.dumps(self.settings | {"torch": torch.__version__}, indent=2))
-        begin = "resuming" if self.start_step else "starting"
+        begin = "resuming" if saved[0] else "starting"
         print(f"{begin} {args.out} at step {self.start_step} of {self.goal}, {args.device}, {args.precision}")
         numbers = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # as nohup sets it
         self.handlers = {number: signal.signal(number, self.on_signal) for number in numbers}
-        bar = functools.partial(tqdm, unit="step", delay=1, mininterval=2, file=sys.stdout)
-        self.bar = bar(initial=self.start_step, total=self.last_step)
+        self.bar = tqdm(initial=self.start_step, total=self.last_step, delay=1, mininterval=2, file=sys.stdout)
 
     def on_signal(self, number, frame):
         self.signal = number
 
-    def resume(self, settings, step, images_seen, log_size, script=METHOD, **parts):
-        """Go on from a checkpoint, whose networks, optimizers and pools are `parts`; cut the log to it."""
-        self.start_step, self.images_seen = int(step), int(images_seen)
-        for name, old in settings.items():
-            new, option = self.settings.get(name), name.replace("_", "-").replace("source", "from")
-            if old != new and name in FIXED:
-                fail(f"{self.args.out} has other {option}, {old}: repeat that, or give --fresh or another --out")
-            if old != new:
-                print(f"{self.args.out}: {option} was {old}, is {new}")
-        with open(self.log, "a") as log:
-            log.truncate(min(log.tell(), log_size))
-        if step and parts.keys() != self.state.keys():
-            raise ValueError("it is not whole")
-        for name, part in parts.items():
+    def resume(self, saved):
+        """Go on from a checkpoint of the same images."""
+        if saved["settings"].get("images") != self.settings.get("images"):
+            fail(f"{self.args.out} has learned from other images: give those, or --fresh, or another --out")
+        self.start_step, self.images_seen = saved["step"], saved["images_seen"]
+        for name, part in self.state.items():
             if name.startswith("opt"):  # with the rate and the device of now
-                part["param_groups"] = self.state[name].state_dict()["param_groups"]
-            self.state[name].load_state_dict(part)
+                saved[name]["param_groups"] = part.state_dict()["param_groups"]
+            part.load_state_dict(saved[name])
 
     def report(self, step, epoch, losses):
         """Count the step, log the losses every two seconds, set should_stop after a signal. Returns whether to save."""
         args, number, elapsed = self.args, torch.tensor(self.signal), self.bar.format_dict["elapsed"]
         self.should_stop, self.images_seen = number.item(), self.images_seen + self.batch
         due = step % args.save_every == 0 if args.save_every else elapsed - self.last_save > 600
-        save = due or self.should_stop or step == self.last_step
-        shown = False
+        save, shown = due or self.should_stop or step == self.last_step, False
         with contextlib.suppress(OSError):  # a terminal or pipe may be closed
             shown = self.bar.update()
         if shown or save:
@@ -541,7 +540,6 @@ class Run:
         return save
 
     def save_checkpoint(self, step):
-        """Write last.pt."""
         checkpoint = {name: part.state_dict() for name, part in self.state.items()}
         checkpoint |= {"script": METHOD, "settings": self.settings, "step": step, "images_seen": self.images_seen}
         checkpoint["log_size"] = self.log.stat().st_size
@@ -573,31 +571,26 @@ def load_checkpoint(run):
     if not path.exists():
         fail(f"there is no {path}: train first, or give another --out")
     with explain_errors(f"{path} is not a checkpoint of {METHOD}"):
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if checkpoint["script"] != METHOD:
-            raise ValueError(f"it is one of {checkpoint['script']}")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        assert checkpoint["script"] == METHOD, f"it is one of {checkpoint['script']}"
     return checkpoint
 
 
 def capture(step, args):
     """On CUDA, `step` as one CUDA graph, recorded in the fourth call. Each call overwrites the losses of the last."""
-    if "cuda" in args.device:
-        torch.set_float32_matmul_precision("high")  # TF32, which convolutions have anyway
-        torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.benchmark = torch.backends.cuda.matmul.allow_tf32 = True  # convolutions have TF32 anyway
     if "cuda" not in args.device or args.no_capture:
         return step
-    graph, stream, calls, inputs, losses = torch.cuda.CUDAGraph(), torch.cuda.Stream(), itertools.count(), [], {}
+    torch.cuda.synchronize()
+    torch.cuda.set_stream(torch.cuda.Stream())  # the default stream cannot be recorded
+    graph, calls, inputs, losses = torch.cuda.CUDAGraph(), itertools.count(), [], {}
 
     def replay(*batch):
         if next(calls) < 3:  # warm up
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                losses.update(step(*batch))
-            torch.cuda.current_stream().wait_stream(stream)
-            return losses
+            return step(*batch)
         if not inputs:
             inputs.extend(tensor.clone() for tensor in batch)
-            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
                 losses.update(step(*inputs))
         for kept, new in zip(inputs, batch):
             kept.copy_(new)
@@ -618,27 +611,33 @@ def find_images(folder, others=()):
         print(f"{folder}: {left_out} files with other endings are left out")
     for name in images:
         *parts, _ = re.sub(r"\b(train|test|val)(id|idation)?[_-]?([AB]?)/", r"\1/\3/", name).split("/")
-        splits = [part for part in parts if part in ("train", "val", "test")] or ["train"]
-        if len({*splits}) > 1:
-            fail(f"{folder}/{name} is in two splits")
-        found.append((splits[0], "/".join(part for part in parts if part not in ("", *splits)), Path(folder, name)))
+        split = next((part for part in parts if part in ("train", "val", "test")), "train")
+        found.append((split, "/".join(part for part in parts if part not in ("", split)), Path(folder, name)))
     return found or fail(f"{folder} has no images ({', '.join(IMAGES)})")
 
 
-def read_image(file):
-    """An image as RGB with 8 bits, upright, transparent pixels on white."""
+def read_image(file, white=65535):
+    """An image as RGB with 8 bits, upright, transparent pixels on white. `white` is the brightest of 16 bits."""
     with explain_errors(f"{file} cannot be used as an image"), Image.open(file) as image:
         more_bands = 0 in getattr(image, "tag_v2", {}).get(338, ())  # of a TIFF, and not alpha
         if image.mode not in MODES or more_bands or getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
             raise ValueError(f"mode {image.mode}; give 8 or 16 bits, gray or RGB, one page")
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I;16"):
-            image = Image.fromarray(np.uint8(np.asarray(image) // 257))
+            image = Image.fromarray(np.uint8(np.minimum(np.asarray(image, np.uint32), white) * 255 // white))
             if image.getextrema()[1] < 32:
-                warnings.warn("a 16-bit image is almost black: scale its pixels to 0 to 65535", stacklevel=2)  # once
-        if image.has_transparency_data:
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-        return image.convert("RGB")
+                warnings.warn("a 16-bit image is almost black: give the value of its white as --white", stacklevel=2)
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA")).convert("RGB")
+
+
+def save_grid(path, images, titles):
+    """Write uint8 images (C, h, w) of one size as one PNG, enlarged, in columns under their titles."""
+    zoom = -(-128 // images[0].shape[2])
+    cells = torch.stack([*images]).repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
+    sheet = ImageOps.expand(to_pil_image(make_grid(cells, len(titles), pad_value=255)), (0, 20, 0, 0), "white")
+    for i, title in enumerate(titles):
+        ImageDraw.Draw(sheet).text((4 + i * (cells.shape[3] + 2), 2), title, "black", font_size=14)
+    atomic_write(path, sheet.save)
 
 
 def main(argv=None):

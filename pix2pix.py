@@ -31,7 +31,6 @@ import re
 import shutil
 import signal
 import sys
-import tempfile
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -39,7 +38,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from filelock import FileLock
-from PIL import Image, ImageCms, ImageOps
+from PIL import Image, ImageCms, ImageDraw, ImageOps
 from torch import distributed as dist
 from torch import nn
 from torch.nn import functional as F
@@ -55,9 +54,7 @@ SETS = {  # the named sets, and which defaults each changes
     **dict.fromkeys(("edges2shoes", "edges2handbags"), dict(epochs=15, batch_size=4)),
     "night2day": dict(direction="BtoA", epochs=17, batch_size=4),
 }
-FIXED = (
-    "direction source size load_size no_mirror loss lambda_l1 no_skips ngf ndf n_layers seed images".split()
-)  # of a run
+FIXED = "direction source white size load_size no_mirror loss lambda_l1 no_skips ngf ndf n_layers seed".split()
 CHANNELS = {None: (3, 3), "gray": (1, 2), "hole": (3, 3)}  # of x and y, by --from; gray is L and ab of CIE Lab
 RGB, LAB = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
 LAYOUTS = "give images with A and B side by side, or folders A and B, in folders train and test"
@@ -71,20 +68,23 @@ def get_args(argv=None):
     """Options from `argv` or the command line. The defaults are the paper's, or those of the named set."""
     parser = argparse.ArgumentParser(usage="%(prog)s [options]", description=__doc__.partition("\n")[0])
     parser.formatter_class = functools.partial(argparse.ArgumentDefaultsHelpFormatter, width=120)
-    add = parser.add_argument
+    add = parser.add_argument_group("data").add_argument
     add("--data", default="toy", help=f"a folder of pairs, or one of {', '.join(SETS)}; toy is smaller")
     add("--data-root", type=Path, default="data", help="for downloads and decoded images")
     add("--direction", choices=("AtoB", "BtoA"), default="AtoB", help="A is the left half or folder")
     add("--from", dest="source", choices=("gray", "hole"), help="pairs from photos: colorization, inpainting")
+    add("--white", type=int, default=65535, help="16-bit pixel value that is white")
     add("--size", type=int, default=256, help="of a crop, a power of two")
     add("--load-size", type=int, help="of an image before the random crop; None: 286 / 256 of --size")
     add("--no-mirror", action="store_true", help="no random mirroring")
+    add = parser.add_argument_group("method").add_argument
     add("--loss", choices=("l1", "gan", "cgan", "l1+gan", "l1+cgan"), default="l1+cgan", help="Table 1")
     add("--lambda-l1", type=float, default=100.0, help="weight of L1, Eq. 4")
     add("--no-skips", action="store_true", help="encoder-decoder instead of U-Net, Sec. 3.2")
     add("--ngf", type=int, default=64, help="channels of G's first layer")
     add("--ndf", type=int, default=64, help="channels of D's first layer")
     add("--n-layers", type=int, default=3, help="strided layers of D: 0, 1, 3, 5 see 1, 16, 70, 286 pixels")
+    add = parser.add_argument_group("training").add_argument
     add("--epochs", type=int, default=200, help="passes over the pairs")
     add("--decay-epochs", type=int, default=0, help="last epochs, in which the rate falls towards 0")
     add("--batch-size", type=int, default=1, help="over all processes")
@@ -98,13 +98,14 @@ def get_args(argv=None):
     add("--device", help="cpu, cuda, cuda:1, mps, ...; None: the accelerator, if there is one")
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 where the device has it")
     add("--no-capture", action="store_true", help="on CUDA: no CUDA graph")
+    add = parser.add_argument_group("use of a trained model").add_argument
     add("--translate", type=Path, metavar="PATH", help="use G on an image or a folder")
     add("--to", type=Path, help="folder for translations; None: OUT/translated")
     data = parser.parse_known_args(argv)[0].data
     data = f"./{data}" if data in SETS and Path(data).is_dir() else data  # a folder that is there comes first
     parser.set_defaults(**SETS.get(data, {}))
     args = parser.parse_args(argv)
-    args.data, args.images, args.load_size = data, None, args.load_size or args.size * 286 // 256
+    args.data, args.load_size = data, args.load_size or args.size * 286 // 256
     check_args(args, may_be_zero=("lambda_l1", "n_layers", "decay_epochs", "lr", "seed"))
     if args.size & (args.size - 1) or not max(16, 3 << args.n_layers) <= args.size <= args.load_size:
         fail(f"--size {args.size}: give a power of two from 16 to --load-size, above 2 * 2**N of --n-layers N")
@@ -230,6 +231,7 @@ def make_step(args, state):
 
 def train(args):
     """Train for --epochs, from last.pt if it is there, then translate the test split. Returns the run folder."""
+    check_settings(args)
     state = build(args)
     init_distributed(args, state)
     pairs, tests, names = load_pairs(args)
@@ -242,14 +244,14 @@ def train(args):
             state[name].param_groups[0]["lr"].fill_(args.lr * (1 - decay))
         set_seed(args, step)  # of the dropout
         if run.report(step, epoch, update(x, y)):  # it is time to save
-            save_grid(args, state["G"], tests[:4], names, step)
+            save_tests(args, state["G"], tests[:4], names, step)
             run.save_checkpoint(step)
         if run.should_stop:
             break
     del update  # NCCL waits for the end of a CUDA graph before it lets the process group go
     run.close()
     if RANK == 0:
-        save_grid(args, state["G"], tests, names, run.last_step)
+        save_tests(args, state["G"], tests, names, run.last_step)
     return args.out
 
 
@@ -275,43 +277,34 @@ def streets(count, seed, size=64):
     return colour[ids].transpose(0, 3, 1, 2), photos.transpose(0, 3, 1, 2), ids
 
 
-def find_data(args):
-    """The folder that --data means; a named set is downloaded to --data-root on first use."""
-    if args.data not in SETS:
-        return Path(args.data)
-    folder, url = args.data_root / args.data, f"https://efrosgans.eecs.berkeley.edu/pix2pix/datasets/{args.data}.tar.gz"
-    with FileLock(f"{folder}.lock"), explain_errors(f"{url} cannot be downloaded: unpack it to {folder} yourself"):
-        if not folder.is_dir():
-            with tempfile.TemporaryDirectory(dir=args.data_root) as temp:
-                torch.hub.download_url_to_file(url, f"{temp}/archive.tar.gz")
-                shutil.unpack_archive(f"{temp}/archive.tar.gz", temp, filter="data")  # nothing outside of temp
-                os.rename(f"{temp}/{args.data}", folder)
-    return folder
-
-
 def load_pairs(args):
     """Pairs for training and for the test, uint8 (N, channels of x and y, H, W), and the names of the test pairs."""
     if args.data == "toy":
         train, test = streets(600, 0, args.load_size), streets(100, 1, args.size)
         return *(torch.from_numpy(np.concatenate(toy[:2], 1)) for toy in (train, test)), range(100)
-    splits, found = {"train": {}, "val": {}, "test": {}}, find_images(find_data(args))
+    folder, url = Path(args.data), f"https://efrosgans.eecs.berkeley.edu/pix2pix/datasets/{args.data}.tar.gz"
+    if args.data in SETS:  # it is downloaded on first use
+        folder = args.data_root / args.data
+        with FileLock(f"{folder}.lock"), explain_errors(f"{url} cannot be downloaded: unpack it to {folder} yourself"):
+            if not folder.is_dir():
+                torch.hub.download_url_to_file(url, f"{folder}.tar.gz")
+                shutil.unpack_archive(f"{folder}.tar.gz", f"{folder}.part", filter="data")  # nothing outside of it
+                os.rename(f"{folder}.part/{args.data}", folder)
+    splits, found = {"train": {}, "val": {}, "test": {}}, find_images(folder)
     sizes = [(file.name, file.stat().st_size) for *_, file in found]
     args.images = hashlib.sha256(repr(sizes).encode()).hexdigest()[:12]  # a run belongs to its images
     for split, folder, file in found:
         name, side = (f"{folder}/{file.stem}", "") if args.source else (file.stem, folder)
         pair = splits[split].setdefault(name, {})
-        if side in pair:
+        if pair.setdefault(side, file) != file:
             fail(f"{file} and {pair[side]} have the same name")
-        pair[side] = file
-    pairs = [pair for split in splits.values() for pair in split.values()]
-    sides = {"A", "B"} if any("A" in pair or "B" in pair for pair in pairs) else {""}
-    alone = [str(file) for pair in pairs if set(pair) != sides for file in pair.values()]
     train, test = splits["train"], splits["test"] or splits["val"]
+    pairs = [*train.values(), *test.values()]
+    alone = [str(file) for pair in pairs if {*pair} not in ({""}, {"A", "B"}) for file in pair.values()]
     if alone or not train:
         fail(f"{args.data}: no training pairs, or no partner for {', '.join(alone[:9])}; {LAYOUTS}")
     print(f"{args.data}: {len(train)} training pairs, {len(test) or 'they are also the'} test pairs, {args.direction}")
-    test = test or dict(itertools.islice(train.items(), 16))
-    pairs = []
+    test, pairs = test or dict(itertools.islice(train.items(), 16)), []
     for split, size in ((train, args.load_size), (test, args.size)):
         files, read = [(*pair.values(),) for pair in split.values()], functools.partial(read_pair, args, size)
         pairs.append(cache_images(args, files, read, (sum(CHANNELS[args.source]), size, size)))
@@ -320,7 +313,7 @@ def load_pairs(args):
 
 def read_pair(args, size, files):
     """A and B from two files, from the halves of one, or --from a photo: uint8 (channels of x and y, size, size)."""
-    a, b = read_image(files[0]), read_image(files[-1])
+    a, b = read_image(files[0], args.white), read_image(files[-1], args.white)
     w, h = a.size
     if len(files) == 1 and not args.source:
         if w != 2 * h:
@@ -331,13 +324,13 @@ def read_pair(args, size, files):
     if min(a.size) < args.size:
         fail(f"{files[0]} has {a.size} pixels: give a --size of at most {2 ** int(math.log2(min(a.size)))}")
     a, b = (image.resize((size, size), Image.Resampling.BICUBIC) for image in (a, b))
-    images = [to_lab(a)] if args.source == "gray" else [a, b]
-    return torch.cat([pil_to_tensor(image) for image in images])
+    return torch.cat([to_tensor(args, image) for image in ([a] if args.source == "gray" else [a, b])])
 
 
-def to_lab(image):
-    """An RGB image with L, a and b of CIE Lab as its three bands."""
-    return Image.merge("RGB", ImageCms.profileToProfile(image, RGB, LAB, outputMode="LAB").split())
+def to_tensor(args, image):
+    """uint8 (3, H, W) of an RGB image; --from gray: L, a and b of CIE Lab."""
+    lab = ImageCms.profileToProfile(image, RGB, LAB, outputMode="LAB") if args.source == "gray" else image
+    return torch.from_numpy(np.array(lab)).permute(2, 0, 1)
 
 
 def to_xy(args, pixels):
@@ -382,20 +375,20 @@ def to_images(args, G, x, *y):
     return images
 
 
-def save_grid(args, G, pairs, names, step):
+def save_tests(args, G, pairs, names, step):
     """Translate `pairs`, uint8 (N, C, H, W), to OUT/test, and show x, G(x) and y of 16 pairs in OUT/samples."""
     G, images = copy.deepcopy(G), []  # a copy, as G is in training mode (Sec. 3.3) and would change its averages
     for pair, name in zip(pairs, names):
         images += to_images(args, G, *to_xy(args, pair[None]))
         atomic_write(args.out / "test" / f"{name}.png", images[-2].save)
-    grid = make_grid([pil_to_tensor(image) for image in images[:48]], nrow=6, pad_value=255)
-    atomic_write(args.out / "samples" / f"{step:07}.png", to_pil_image(grid).save)
+    cells = [pil_to_tensor(image) for image in images[:48]]
+    save_grid(args.out / "samples" / f"{step:07}.png", cells, ["input", "output", "target"] * 2)
 
 
 def load_generator(run, device="cpu"):
-    """G of a run folder in training mode, as the paper tests it: with dropout and the batch's own statistics.
+    """G of a run folder in training mode, with dropout and the batch's statistics (Sec. 3.3). G(x) is as in to_images.
 
-    x = pil_to_tensor(read_image("photo.jpg"))[None] / 127.5 - 1, and to_images(G.settings, G, x)[1] is G(x).
+    It takes x = pil_to_tensor(read_image("photo.jpg"))[None] / 127.5 - 1.
     """
     checkpoint = load_checkpoint(run)
     with explain_errors(f"{run}/last.pt is damaged"):
@@ -409,20 +402,17 @@ def load_generator(run, device="cpu"):
 def translate(args):
     """Translate --translate, an image or a folder, of any size, with a trained G. Returns the folder of the results."""
     G, to, errors = load_generator(args.out, args.device), args.to or args.out / "translated", []
-    args.size, args.source, args.direction = G.settings.size, G.settings.source, "AtoB"
+    args.size, args.source, args.white, args.direction = G.settings.size, G.settings.source, G.settings.white, "AtoB"
     found = find_images(args.translate) if args.translate.is_dir() else [("", "", args.translate)]
-    if to.resolve() in [file.parent.resolve() for *_, file in found]:
-        fail(f"--to {to} has the images themselves: choose another folder")
-    if len({(folder, file.stem) for _, folder, file in found}) < len(found):
-        fail(f"{args.translate} has images whose names differ in their ending only")
-    for _, folder, file in found:
+    targets = [to / folder / f"{file.stem}.png" for _, folder, file in found]
+    if len({*targets, *(file for *_, file in found)}) < 2 * len(found):
+        fail(f"translations would overwrite images of {args.translate} or one another: choose another --to or names")
+    for (*_, file), target in zip(found, targets):
         try:
-            image = read_image(file)
+            x, _ = to_xy(args, to_tensor(args, read_image(file, args.white))[None])
+            atomic_write(target, to_images(args, G, x)[1].save)
         except SystemExit as error:  # go on with the others
             errors.append(str(error))
-            continue
-        x, _ = to_xy(args, pil_to_tensor(to_lab(image) if args.source == "gray" else image)[None])
-        atomic_write(to / folder / f"{file.stem}.png", to_images(args, G, x)[1].save)
     print(f"{len(found) - len(errors)} of {len(found)} images are translated to {to}")
     return to if not errors else sys.exit("\n".join(errors))
 
@@ -432,7 +422,7 @@ def translate(args):
 
 def fail(sentence):
     """End the script with one sentence that says what to mend."""
-    raise SystemExit(f"{SCRIPT}: {sentence}")
+    sys.exit(f"{SCRIPT}: {sentence}")
 
 
 @contextlib.contextmanager
@@ -461,6 +451,7 @@ def check_args(args, may_be_zero):
         if type(value) in (int, float) and not (0 < value < math.inf or value == 0 and name in may_be_zero):
             fail(f"--{name.replace('_', '-')} {value}: give a number above 0")
     args.out = args.out or Path("runs", f"{SCRIPT}-{Path(args.data).resolve().name}")
+    args.script = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
     args.batch_size += -args.batch_size % WORLD  # an equal share for each process of torchrun
     device = args.device or torch.accelerator.current_accelerator(check_available=True) or "cpu"
     with explain_errors(f"--device {device} is not on this machine"):
@@ -472,60 +463,64 @@ def check_args(args, may_be_zero):
         args.precision = "bf16" if any(map(units.get, ("avx512_bf16", "amx_bf16", "cuda"))) else "fp32"
 
 
+def check_settings(args):
+    """Compare the settings with those of the run that is to be resumed: what is FIXED may not change."""
+    resumed = not args.fresh and (args.out / "last.pt").exists()
+    saved = load_checkpoint(args.out)["settings"] if resumed else {}
+    for name in [name for name in saved if name in args and saved[name] != getattr(args, name)]:
+        option = name.replace("_", "-").replace("source", "from")
+        if name in FIXED:
+            fail(f"{args.out} has other {option}, {saved[name]}: repeat that, or give --fresh or another --out")
+        print(f"{args.out}: {option} was {saved[name]}, is {getattr(args, name)}")
+
+
 class Run:
     """The run folder: resumes and saves `state`, logs, and stops on a signal. One process owns it at a time."""
 
     def __init__(self, args, state, images):
         """Resume from last.pt if it is there. The whole run shows so many `images`, each of them once an epoch."""
-        self.args, self.state, self.signal, self.last_save, self.should_stop = args, state, 0, 0, 0
-        self.lock, self.log, last = FileLock(args.out / ".lock"), args.out / "log.jsonl", args.out / "last.pt"
+        self.args, self.state, self.log, last = args, state, args.out / "log.jsonl", args.out / "last.pt"
+        self.signal, self.should_stop, self.last_save, self.start_step, self.images_seen = 0, 0, 0, 0, 0
+        self.batch = args.batch_size * vars(args).get("k", 1)  # images in a step; k is an option of others
+        self.settings = {name: value for name, value in vars(args).items() if not isinstance(value, Path)}
+        self.lock = FileLock(args.out / ".lock")
         with explain_errors(f"{args.out} is in use by another process"):
             self.lock.acquire(timeout=0)
         for old in [last, *args.out.glob("samples/*.png")] if args.fresh else []:
             old.unlink(missing_ok=True)
-        self.settings = {name: value for name, value in vars(args).items() if not isinstance(value, Path)}
-        self.settings["script"] = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
-        self.batch = args.batch_size * vars(args).get("k", 1)  # images in a step; k is an option of others
-        new = {"settings": {}, "step": 0, "images_seen": 0, "log_size": 0}
-        saved = [load_checkpoint(args.out) if last.exists() else new]
+        saved = [load_checkpoint(args.out) if last.exists() else {}]
         if WORLD > 1:  # the first process has the file
             dist.broadcast_object_list(saved)
-        with explain_errors(f"{last} is damaged; --fresh starts over"):
-            self.resume(**saved[0])
-        if args.init and not self.start_step:
+        with open(self.log, "a") as log:
+            log.truncate(min(log.tell(), saved[0].get("log_size", 0)))
+        if saved[0]:
+            with explain_errors(f"{last} is damaged; --fresh starts over"):
+                self.resume(saved[0])
+        elif args.init:
             with explain_errors(f"--init {args.init} has other networks"):
                 for name in [name for name in state if not name.startswith(("opt", "pool"))]:
                     state[name].load_state_dict(load_checkpoint(args.init)[name])
         self.goal = self.start_step + max(0, math.ceil((images - self.images_seen) / self.batch))
         self.last_step = max(self.start_step, min(self.goal, args.max_steps or self.goal))
         (args.out / "config.json").write_text(json.dumps(self.settings | {"torch": torch.__version__}, indent=2))
-        begin = "resuming" if self.start_step else "starting"
+        begin = "resuming" if saved[0] else "starting"
         print(f"{begin} {args.out} at step {self.start_step} of {self.goal}, {args.device}, {args.precision}")
         numbers = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # as nohup sets it
         self.handlers = {number: signal.signal(number, self.on_signal) for number in numbers}
-        bar = functools.partial(tqdm, unit="step", delay=1, mininterval=2, file=sys.stdout)
-        self.bar = bar(initial=self.start_step, total=self.last_step)
+        self.bar = tqdm(initial=self.start_step, total=self.last_step, delay=1, mininterval=2, file=sys.stdout)
 
     def on_signal(self, number, frame):
         self.signal = number
 
-    def resume(self, settings, step, images_seen, log_size, script=METHOD, **parts):
-        """Go on from a checkpoint, whose networks, optimizers and pools are `parts`; cut the log to it."""
-        self.start_step, self.images_seen = int(step), int(images_seen)
-        for name, old in settings.items():
-            new, option = self.settings.get(name), name.replace("_", "-").replace("source", "from")
-            if old != new and name in FIXED:
-                fail(f"{self.args.out} has other {option}, {old}: repeat that, or give --fresh or another --out")
-            if old != new:
-                print(f"{self.args.out}: {option} was {old}, is {new}")
-        with open(self.log, "a") as log:
-            log.truncate(min(log.tell(), log_size))
-        if step and parts.keys() != self.state.keys():
-            raise ValueError("it is not whole")
-        for name, part in parts.items():
+    def resume(self, saved):
+        """Go on from a checkpoint of the same images."""
+        if saved["settings"].get("images") != self.settings.get("images"):
+            fail(f"{self.args.out} has learned from other images: give those, or --fresh, or another --out")
+        self.start_step, self.images_seen = saved["step"], saved["images_seen"]
+        for name, part in self.state.items():
             if name.startswith("opt"):  # with the rate and the device of now
-                part["param_groups"] = self.state[name].state_dict()["param_groups"]
-            self.state[name].load_state_dict(part)
+                saved[name]["param_groups"] = part.state_dict()["param_groups"]
+            part.load_state_dict(saved[name])
 
     def report(self, step, epoch, losses):
         """Count the step, log the losses every two seconds, set should_stop after a signal. Returns whether to save."""
@@ -534,8 +529,7 @@ class Run:
             dist.all_reduce(number, dist.ReduceOp.MAX)
         self.should_stop, self.images_seen = number.item(), self.images_seen + self.batch
         due = step % args.save_every == 0 if args.save_every else elapsed - self.last_save > 600
-        save = due or self.should_stop or step == self.last_step
-        shown = False
+        save, shown = due or self.should_stop or step == self.last_step, False
         with contextlib.suppress(OSError):  # a terminal or pipe may be closed
             shown = self.bar.update()
         if shown or save:
@@ -549,7 +543,6 @@ class Run:
         return save and RANK == 0
 
     def save_checkpoint(self, step):
-        """Write last.pt."""
         checkpoint = {name: part.state_dict() for name, part in self.state.items()}
         checkpoint |= {"script": METHOD, "settings": self.settings, "step": step, "images_seen": self.images_seen}
         checkpoint["log_size"] = self.log.stat().st_size
@@ -583,9 +576,8 @@ def load_checkpoint(run):
     if not path.exists():
         fail(f"there is no {path}: train first, or give another --out")
     with explain_errors(f"{path} is not a checkpoint of {METHOD}"):
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if checkpoint["script"] != METHOD:
-            raise ValueError(f"it is one of {checkpoint['script']}")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        assert checkpoint["script"] == METHOD, f"it is one of {checkpoint['script']}"
     return checkpoint
 
 
@@ -593,10 +585,10 @@ def init_distributed(args, state):
     """Under torchrun, join the processes: optimizers share gradients. Only the first one prints and writes to --out."""
     if WORLD > 1:
         dist.init_process_group()
-        for part in [part for name, part in state.items() if name.startswith("opt")]:
-            part.register_step_pre_hook(average_gradients)
+        for name in [name for name in state if name.startswith("opt")]:
+            state[name].register_step_pre_hook(average_gradients)
     if RANK > 0:
-        args.out, sys.stdout = Path(tempfile.mkdtemp()), open(os.devnull, "w")
+        args.out, sys.stdout = args.out / f".rank{RANK}", open(os.devnull, "w")
 
 
 def average_gradients(optimizer, *_):
@@ -610,23 +602,19 @@ def average_gradients(optimizer, *_):
 
 def capture(step, args):
     """On CUDA, `step` as one CUDA graph, recorded in the fourth call. Each call overwrites the losses of the last."""
-    if "cuda" in args.device:
-        torch.set_float32_matmul_precision("high")  # TF32, which convolutions have anyway
-        torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.benchmark = torch.backends.cuda.matmul.allow_tf32 = True  # convolutions have TF32 anyway
     if "cuda" not in args.device or args.no_capture:
         return step
-    graph, stream, calls, inputs, losses = torch.cuda.CUDAGraph(), torch.cuda.Stream(), itertools.count(), [], {}
+    torch.cuda.synchronize()
+    torch.cuda.set_stream(torch.cuda.Stream())  # the default stream cannot be recorded
+    graph, calls, inputs, losses = torch.cuda.CUDAGraph(), itertools.count(), [], {}
 
     def replay(*batch):
         if next(calls) < 3:  # warm up
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                losses.update(step(*batch))
-            torch.cuda.current_stream().wait_stream(stream)
-            return losses
+            return step(*batch)
         if not inputs:
             inputs.extend(tensor.clone() for tensor in batch)
-            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
                 losses.update(step(*inputs))
         for kept, new in zip(inputs, batch):
             kept.copy_(new)
@@ -647,33 +635,41 @@ def find_images(folder, others=()):
         print(f"{folder}: {left_out} files with other endings are left out")
     for name in images:
         *parts, _ = re.sub(r"\b(train|test|val)(id|idation)?[_-]?([AB]?)/", r"\1/\3/", name).split("/")
-        splits = [part for part in parts if part in ("train", "val", "test")] or ["train"]
-        if len({*splits}) > 1:
-            fail(f"{folder}/{name} is in two splits")
-        found.append((splits[0], "/".join(part for part in parts if part not in ("", *splits)), Path(folder, name)))
+        split = next((part for part in parts if part in ("train", "val", "test")), "train")
+        found.append((split, "/".join(part for part in parts if part not in ("", split)), Path(folder, name)))
     return found or fail(f"{folder} has no images ({', '.join(IMAGES)})")
 
 
-def read_image(file):
-    """An image as RGB with 8 bits, upright, transparent pixels on white."""
+def read_image(file, white=65535):
+    """An image as RGB with 8 bits, upright, transparent pixels on white. `white` is the brightest of 16 bits."""
     with explain_errors(f"{file} cannot be used as an image"), Image.open(file) as image:
         more_bands = 0 in getattr(image, "tag_v2", {}).get(338, ())  # of a TIFF, and not alpha
         if image.mode not in MODES or more_bands or getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
             raise ValueError(f"mode {image.mode}; give 8 or 16 bits, gray or RGB, one page")
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I;16"):
-            image = Image.fromarray(np.uint8(np.asarray(image) // 257))
+            image = Image.fromarray(np.uint8(np.minimum(np.asarray(image, np.uint32), white) * 255 // white))
             if image.getextrema()[1] < 32:
-                warnings.warn("a 16-bit image is almost black: scale its pixels to 0 to 65535", stacklevel=2)  # once
-        if image.has_transparency_data:
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-        return image.convert("RGB")
+                warnings.warn("a 16-bit image is almost black: give the value of its white as --white", stacklevel=2)
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA")).convert("RGB")
+
+
+def save_grid(path, images, titles):
+    """Write uint8 images (C, h, w) of one size as one PNG, enlarged, in columns under their titles."""
+    zoom = -(-128 // images[0].shape[2])
+    cells = torch.stack([*images]).repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
+    sheet = ImageOps.expand(to_pil_image(make_grid(cells, len(titles), pad_value=255)), (0, 20, 0, 0), "white")
+    for i, title in enumerate(titles):
+        ImageDraw.Draw(sheet).text((4 + i * (cells.shape[3] + 2), 2), title, "black", font_size=14)
+    atomic_write(path, sheet.save)
 
 
 def cache_images(args, groups, read, shape):
     """read(group) of all groups, tuples of files, as uint8 (N, *shape): done once and kept in --data-root/cache."""
     facts = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for group in groups for file in group]
-    key = hashlib.sha256(repr((facts, shape, args.size, vars(args).get("source"))).encode()).hexdigest()[:16]
+    key = hashlib.sha256(repr((facts, shape, args.size, args.white, vars(args).get("source"))).encode()).hexdigest()[
+        :16
+    ]
     path = args.data_root / "cache" / f"{METHOD}-{key}.npy"
     with FileLock(f"{path}.lock"), ThreadPoolExecutor() as pool:
         if not path.exists():

@@ -34,7 +34,6 @@ import os
 import re
 import signal
 import sys
-import tempfile
 import textwrap
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -57,7 +56,7 @@ SETS = {  # the named sets, and which defaults each changes
     | dict(near=32, average=1, batch_size=32, lr=4e-4, text_lr=1e-3, text_epochs=20, epochs=80, style_epochs=4)
     | dict(halve_every=27, save_every=1000),
 }
-FIXED = "size load_size no_cls no_int no_residual text nt nz ngf ndf nef nif near average seed images".split()
+FIXED = "white size load_size no_cls no_int no_residual text nt nz ngf ndf nef nif near average seed".split()
 ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789-,;.!?:'\"/\\|_@#$%^&*~`+-=<>()[]{} "  # as in the authors' code
 INKS = {"red": (215, 40, 40), "green": (40, 160, 60), "blue": (45, 75, 215), "yellow": (240, 215, 50)}
 INKS |= {"white": (235, 235, 235), "black": (30, 30, 30), "pink": (245, 130, 190), "cyan": (70, 200, 215)}
@@ -80,11 +79,13 @@ def get_args(argv=None):
     """Options from `argv` or the command line. The defaults are the paper's, or those of the named set."""
     parser = argparse.ArgumentParser(usage="%(prog)s [options]", description=__doc__.partition("\n")[0])
     parser.formatter_class = functools.partial(argparse.ArgumentDefaultsHelpFormatter, width=120)
-    add = parser.add_argument
+    add = parser.add_argument_group("data").add_argument
     add("--data", default="toy", help="a folder of images with captions, or toy")
     add("--data-root", type=Path, default="data", help="for decoded images")
+    add("--white", type=int, default=65535, help="16-bit pixel value that is white")
     add("--size", type=int, default=64, help="of a crop: 16, 32, 64 or 128")
     add("--load-size", type=int, help="of an image before the random crop; None: 19 / 16 of --size")
+    add = parser.add_argument_group("method").add_argument
     add("--no-cls", action="store_true", help="D does not learn from wrong sentences")
     add("--no-int", action="store_true", help="G does not learn from codes between two")
     add("--no-residual", action="store_true", help="the networks of the paper, without residual branches")
@@ -97,6 +98,7 @@ def get_args(argv=None):
     add("--ndf", type=int, default=64, help="channels of the first layer of D and S")
     add("--nef", type=int, default=256, help="units of E's recurrent layer")
     add("--nif", type=int, default=256, help="channels of V's last hidden layer")
+    add = parser.add_argument_group("training").add_argument
     add("--text-epochs", type=int, default=200, help="passes over the images for E and V")
     add("--epochs", type=int, default=600, help="passes for G and D, after that")
     add("--style-epochs", type=int, default=20, help="passes for S, at the end")
@@ -113,6 +115,7 @@ def get_args(argv=None):
     add("--device", help="cpu, cuda, cuda:1, mps, ...; None: the accelerator, if there is one")
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 where the device has it")
     add("--no-capture", action="store_true", help="on CUDA: no CUDA graph")
+    add = parser.add_argument_group("use of a trained model").add_argument
     add("--prompt", help="use G on a sentence, or on each line of a .txt")
     add("--sample", type=int, metavar="N", help="images of each sentence of --prompt; None: 16")
     add("--to", type=Path, help="folder for them; None: OUT/sampled")
@@ -120,7 +123,7 @@ def get_args(argv=None):
     data = f"./{data}" if data in SETS and Path(data).is_dir() else data  # a folder that is there comes first
     parser.set_defaults(**SETS.get(data, {}))
     args = parser.parse_args(argv)
-    args.data, args.images, args.load_size = data, None, args.load_size or args.size * 19 // 16
+    args.data, args.load_size = data, args.load_size or args.size * 19 // 16
     check_args(args, may_be_zero=("text_epochs", "style_epochs", "lr", "text_lr", "seed"))
     if args.size not in (16, 32, 64, 128) or args.load_size < args.size:
         fail(f"--size {args.size}: give 16, 32, 64 or 128, and at most --load-size {args.load_size}")
@@ -363,6 +366,7 @@ def make_style_step(args, state):
 
 def train(args):
     """Train E and V, then G and D, then S, from last.pt if it is there. Returns the run folder."""
+    check_settings(args)
     state = build(args)
     init_distributed(args, state)
     data = load_captions(args)
@@ -377,7 +381,7 @@ def train(args):
             state[name].param_groups[0]["lr"].fill_(args.lr / 2**halvings)
         set_seed(args, step)  # of z
         if run.report(step, epoch, updates(phase)(*batch)):  # it is time to save
-            save_grid(args, state, data, step)
+            save_samples(args, state, data, step)
             run.save_checkpoint(step)
         if run.should_stop:
             break
@@ -421,8 +425,11 @@ def spell(sentences):
     chars = np.zeros((len(sentences), 201), np.uint8)
     for row, sentence in zip(chars, map(str.lower, sentences)):
         row[: len(sentence)] = [numbers.get(letter, 0) for letter in sentence[:201]]
-        if not re.search("[a-z0-9]", sentence):
-            fail(f"the sentence {sentence!r} has no letter from a to z")
+    silent = [sentence for sentence in sentences if not re.search("[a-z0-9]", sentence.lower())]
+    if len(silent) == len(sentences):
+        fail(f"no sentence has a letter from a to z, such as {silent[0]!r}")
+    if silent:
+        print(f"{len(silent)} sentences, such as {silent[0]!r}, have no letter from a to z: they are all the same to E")
     if max(map(len, sentences)) > 201:
         print("sentences are cut after 201 characters")
     return torch.from_numpy(chars)
@@ -435,22 +442,35 @@ def read_lines(path):
     return [line for line in lines if line] or fail(f"{path} has no sentence")
 
 
+def read_captions(folder):
+    """{image file: its captions} of FOLDER/captions.jsonl, if it is there."""
+    path, captions = folder / "captions.jsonl", {}
+    for number, line in enumerate(path.read_text("utf-8").splitlines() if path.exists() else [], 1):
+        with explain_errors(f'{path}: line {number} is not such as {{"file": "a.jpg", "captions": ["a red bird"]}}'):
+            row = json.loads(line)
+            some = row["captions"] if "captions" in row else [row["caption"]]
+            assert isinstance(some, list) and all(isinstance(one, str) for one in some), "not text"
+            captions.setdefault(folder / row["file"], []).extend(some)
+    return captions
+
+
 def read_folder(args):
     """Training images, uint8 (N, 3, load_size, load_size), the captions of each, and its folder, which is its class."""
-    found = find_images(args.data, others=(".txt",))
+    found, table = find_images(args.data, others=(".txt", "captions.jsonl")), read_captions(Path(args.data))
     train = [(kind, file, file.with_suffix(".txt")) for split, kind, file in found if split == "train"]
     if len(train) < 2:
         fail(f"{args.data} has {len(train)} training images: what is wrong for one needs another")
-    captions = [[f"a {kind}"] if kind and not text.exists() else read_lines(text) for kind, _, text in train]
+    named = {file: [f"a {kind}"] for kind, file, text in train if kind and file not in table and not text.exists()}
+    table |= named
+    captions = [table.get(file) or read_lines(text) for _, file, text in train]
     print(f"{args.data}: {len(train)} training images; {len(found) - len(train)} of test and val are left out")
-    named = sum(not text.exists() for *_, text in train)
     if named:
-        print(f"{named} images have no .txt: the name of their folder is their sentence")
-    facts = [(kind, path.name, path.stat().st_size) for kind, *paths in train for path in paths if path.exists()]
-    args.images = hashlib.sha256(repr(facts).encode()).hexdigest()[:12]  # a run belongs to its images
+        print(f"{len(named)} images have no captions: the name of their folder is their sentence")
+    sizes = [(kind, file.name, file.stat().st_size) for kind, file, _ in train]
+    args.images = hashlib.sha256(repr((sizes, captions)).encode()).hexdigest()[:12]  # a run belongs to its images
 
     def read(files):  # whatever the aspect, as the authors do
-        image = read_image(files[0])
+        image = read_image(files[0], args.white)
         if min(image.size) < args.size:
             fail(f"{files[0]} has {image.size} pixels, less than --size {args.size}")
         return resize(pil_to_tensor(image), [args.load_size] * 2, antialias=True)
@@ -565,7 +585,7 @@ def draw(args, G, z, t):
 
 
 @torch.no_grad()
-def save_grid(args, state, data, step):
+def save_samples(args, state, data, step):
     """OUT/samples/STEP.png, a row a sentence: four z, a line to the first z, one to the next sentence (Fig. 8), S(x).
 
     The last columns are in the style of the images x above them (Sec. 4.4, Fig. 6), once S is trained.
@@ -585,8 +605,8 @@ def save_grid(args, state, data, step):
         head = Image.new("RGB", (128, 128), "white")
         ImageDraw.Draw(head).text((4, 4), textwrap.fill(sentence, 19), "black", font_size=12)
         cells += [pil_to_tensor(head), *row]
-    grid = make_grid(cells, nrow=len(z) + 1, pad_value=255)
-    atomic_write(args.out / "samples" / f"{step:07}.png", to_pil_image(grid).save)
+    titles = ["sentence", *["z"] * 4, *["to the first z"] * 4, *["to the next row"] * 4, *["style of the top"] * len(x)]
+    save_grid(args.out / "samples" / f"{step:07}.png", cells, titles)
 
 
 def load_networks(run, device="cpu"):
@@ -626,7 +646,7 @@ def sample(args):
 
 def fail(sentence):
     """End the script with one sentence that says what to mend."""
-    raise SystemExit(f"{SCRIPT}: {sentence}")
+    sys.exit(f"{SCRIPT}: {sentence}")
 
 
 @contextlib.contextmanager
@@ -655,6 +675,7 @@ def check_args(args, may_be_zero):
         if type(value) in (int, float) and not (0 < value < math.inf or value == 0 and name in may_be_zero):
             fail(f"--{name.replace('_', '-')} {value}: give a number above 0")
     args.out = args.out or Path("runs", f"{SCRIPT}-{Path(args.data).resolve().name}")
+    args.script = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
     args.batch_size += -args.batch_size % WORLD  # an equal share for each process of torchrun
     device = args.device or torch.accelerator.current_accelerator(check_available=True) or "cpu"
     with explain_errors(f"--device {device} is not on this machine"):
@@ -666,60 +687,64 @@ def check_args(args, may_be_zero):
         args.precision = "bf16" if any(map(units.get, ("avx512_bf16", "amx_bf16", "cuda"))) else "fp32"
 
 
+def check_settings(args):
+    """Compare the settings with those of the run that is to be resumed: what is FIXED may not change."""
+    resumed = not args.fresh and (args.out / "last.pt").exists()
+    saved = load_checkpoint(args.out)["settings"] if resumed else {}
+    for name in [name for name in saved if name in args and saved[name] != getattr(args, name)]:
+        option = name.replace("_", "-").replace("source", "from")
+        if name in FIXED:
+            fail(f"{args.out} has other {option}, {saved[name]}: repeat that, or give --fresh or another --out")
+        print(f"{args.out}: {option} was {saved[name]}, is {getattr(args, name)}")
+
+
 class Run:
     """The run folder: resumes and saves `state`, logs, and stops on a signal. One process owns it at a time."""
 
     def __init__(self, args, state, images):
         """Resume from last.pt if it is there. The whole run shows so many `images`, each of them once an epoch."""
-        self.args, self.state, self.signal, self.last_save, self.should_stop = args, state, 0, 0, 0
-        self.lock, self.log, last = FileLock(args.out / ".lock"), args.out / "log.jsonl", args.out / "last.pt"
+        self.args, self.state, self.log, last = args, state, args.out / "log.jsonl", args.out / "last.pt"
+        self.signal, self.should_stop, self.last_save, self.start_step, self.images_seen = 0, 0, 0, 0, 0
+        self.batch = args.batch_size * vars(args).get("k", 1)  # images in a step; k is an option of others
+        self.settings = {name: value for name, value in vars(args).items() if not isinstance(value, Path)}
+        self.lock = FileLock(args.out / ".lock")
         with explain_errors(f"{args.out} is in use by another process"):
             self.lock.acquire(timeout=0)
         for old in [last, *args.out.glob("samples/*.png")] if args.fresh else []:
             old.unlink(missing_ok=True)
-        self.settings = {name: value for name, value in vars(args).items() if not isinstance(value, Path)}
-        self.settings["script"] = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
-        self.batch = args.batch_size * vars(args).get("k", 1)  # images in a step; k is an option of others
-        new = {"settings": {}, "step": 0, "images_seen": 0, "log_size": 0}
-        saved = [load_checkpoint(args.out) if last.exists() else new]
+        saved = [load_checkpoint(args.out) if last.exists() else {}]
         if WORLD > 1:  # the first process has the file
             dist.broadcast_object_list(saved)
-        with explain_errors(f"{last} is damaged; --fresh starts over"):
-            self.resume(**saved[0])
-        if args.init and not self.start_step:
+        with open(self.log, "a") as log:
+            log.truncate(min(log.tell(), saved[0].get("log_size", 0)))
+        if saved[0]:
+            with explain_errors(f"{last} is damaged; --fresh starts over"):
+                self.resume(saved[0])
+        elif args.init:
             with explain_errors(f"--init {args.init} has other networks"):
                 for name in [name for name in state if not name.startswith(("opt", "pool"))]:
                     state[name].load_state_dict(load_checkpoint(args.init)[name])
         self.goal = self.start_step + max(0, math.ceil((images - self.images_seen) / self.batch))
         self.last_step = max(self.start_step, min(self.goal, args.max_steps or self.goal))
         (args.out / "config.json").write_text(json.dumps(self.settings | {"torch": torch.__version__}, indent=2))
-        begin = "resuming" if self.start_step else "starting"
+        begin = "resuming" if saved[0] else "starting"
         print(f"{begin} {args.out} at step {self.start_step} of {self.goal}, {args.device}, {args.precision}")
         numbers = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # as nohup sets it
         self.handlers = {number: signal.signal(number, self.on_signal) for number in numbers}
-        bar = functools.partial(tqdm, unit="step", delay=1, mininterval=2, file=sys.stdout)
-        self.bar = bar(initial=self.start_step, total=self.last_step)
+        self.bar = tqdm(initial=self.start_step, total=self.last_step, delay=1, mininterval=2, file=sys.stdout)
 
     def on_signal(self, number, frame):
         self.signal = number
 
-    def resume(self, settings, step, images_seen, log_size, script=METHOD, **parts):
-        """Go on from a checkpoint, whose networks, optimizers and pools are `parts`; cut the log to it."""
-        self.start_step, self.images_seen = int(step), int(images_seen)
-        for name, old in settings.items():
-            new, option = self.settings.get(name), name.replace("_", "-").replace("source", "from")
-            if old != new and name in FIXED:
-                fail(f"{self.args.out} has other {option}, {old}: repeat that, or give --fresh or another --out")
-            if old != new:
-                print(f"{self.args.out}: {option} was {old}, is {new}")
-        with open(self.log, "a") as log:
-            log.truncate(min(log.tell(), log_size))
-        if step and parts.keys() != self.state.keys():
-            raise ValueError("it is not whole")
-        for name, part in parts.items():
+    def resume(self, saved):
+        """Go on from a checkpoint of the same images."""
+        if saved["settings"].get("images") != self.settings.get("images"):
+            fail(f"{self.args.out} has learned from other images: give those, or --fresh, or another --out")
+        self.start_step, self.images_seen = saved["step"], saved["images_seen"]
+        for name, part in self.state.items():
             if name.startswith("opt"):  # with the rate and the device of now
-                part["param_groups"] = self.state[name].state_dict()["param_groups"]
-            self.state[name].load_state_dict(part)
+                saved[name]["param_groups"] = part.state_dict()["param_groups"]
+            part.load_state_dict(saved[name])
 
     def report(self, step, epoch, losses):
         """Count the step, log the losses every two seconds, set should_stop after a signal. Returns whether to save."""
@@ -728,8 +753,7 @@ class Run:
             dist.all_reduce(number, dist.ReduceOp.MAX)
         self.should_stop, self.images_seen = number.item(), self.images_seen + self.batch
         due = step % args.save_every == 0 if args.save_every else elapsed - self.last_save > 600
-        save = due or self.should_stop or step == self.last_step
-        shown = False
+        save, shown = due or self.should_stop or step == self.last_step, False
         with contextlib.suppress(OSError):  # a terminal or pipe may be closed
             shown = self.bar.update()
         if shown or save:
@@ -743,7 +767,6 @@ class Run:
         return save and RANK == 0
 
     def save_checkpoint(self, step):
-        """Write last.pt."""
         checkpoint = {name: part.state_dict() for name, part in self.state.items()}
         checkpoint |= {"script": METHOD, "settings": self.settings, "step": step, "images_seen": self.images_seen}
         checkpoint["log_size"] = self.log.stat().st_size
@@ -777,9 +800,8 @@ def load_checkpoint(run):
     if not path.exists():
         fail(f"there is no {path}: train first, or give another --out")
     with explain_errors(f"{path} is not a checkpoint of {METHOD}"):
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if checkpoint["script"] != METHOD:
-            raise ValueError(f"it is one of {checkpoint['script']}")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        assert checkpoint["script"] == METHOD, f"it is one of {checkpoint['script']}"
     return checkpoint
 
 
@@ -787,10 +809,10 @@ def init_distributed(args, state):
     """Under torchrun, join the processes: optimizers share gradients. Only the first one prints and writes to --out."""
     if WORLD > 1:
         dist.init_process_group()
-        for part in [part for name, part in state.items() if name.startswith("opt")]:
-            part.register_step_pre_hook(average_gradients)
+        for name in [name for name in state if name.startswith("opt")]:
+            state[name].register_step_pre_hook(average_gradients)
     if RANK > 0:
-        args.out, sys.stdout = Path(tempfile.mkdtemp()), open(os.devnull, "w")
+        args.out, sys.stdout = args.out / f".rank{RANK}", open(os.devnull, "w")
 
 
 def average_gradients(optimizer, *_):
@@ -804,23 +826,19 @@ def average_gradients(optimizer, *_):
 
 def capture(step, args):
     """On CUDA, `step` as one CUDA graph, recorded in the fourth call. Each call overwrites the losses of the last."""
-    if "cuda" in args.device:
-        torch.set_float32_matmul_precision("high")  # TF32, which convolutions have anyway
-        torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.benchmark = torch.backends.cuda.matmul.allow_tf32 = True  # convolutions have TF32 anyway
     if "cuda" not in args.device or args.no_capture:
         return step
-    graph, stream, calls, inputs, losses = torch.cuda.CUDAGraph(), torch.cuda.Stream(), itertools.count(), [], {}
+    torch.cuda.synchronize()
+    torch.cuda.set_stream(torch.cuda.Stream())  # the default stream cannot be recorded
+    graph, calls, inputs, losses = torch.cuda.CUDAGraph(), itertools.count(), [], {}
 
     def replay(*batch):
         if next(calls) < 3:  # warm up
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                losses.update(step(*batch))
-            torch.cuda.current_stream().wait_stream(stream)
-            return losses
+            return step(*batch)
         if not inputs:
             inputs.extend(tensor.clone() for tensor in batch)
-            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
                 losses.update(step(*inputs))
         for kept, new in zip(inputs, batch):
             kept.copy_(new)
@@ -841,33 +859,41 @@ def find_images(folder, others=()):
         print(f"{folder}: {left_out} files with other endings are left out")
     for name in images:
         *parts, _ = re.sub(r"\b(train|test|val)(id|idation)?[_-]?([AB]?)/", r"\1/\3/", name).split("/")
-        splits = [part for part in parts if part in ("train", "val", "test")] or ["train"]
-        if len({*splits}) > 1:
-            fail(f"{folder}/{name} is in two splits")
-        found.append((splits[0], "/".join(part for part in parts if part not in ("", *splits)), Path(folder, name)))
+        split = next((part for part in parts if part in ("train", "val", "test")), "train")
+        found.append((split, "/".join(part for part in parts if part not in ("", split)), Path(folder, name)))
     return found or fail(f"{folder} has no images ({', '.join(IMAGES)})")
 
 
-def read_image(file):
-    """An image as RGB with 8 bits, upright, transparent pixels on white."""
+def read_image(file, white=65535):
+    """An image as RGB with 8 bits, upright, transparent pixels on white. `white` is the brightest of 16 bits."""
     with explain_errors(f"{file} cannot be used as an image"), Image.open(file) as image:
         more_bands = 0 in getattr(image, "tag_v2", {}).get(338, ())  # of a TIFF, and not alpha
         if image.mode not in MODES or more_bands or getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
             raise ValueError(f"mode {image.mode}; give 8 or 16 bits, gray or RGB, one page")
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I;16"):
-            image = Image.fromarray(np.uint8(np.asarray(image) // 257))
+            image = Image.fromarray(np.uint8(np.minimum(np.asarray(image, np.uint32), white) * 255 // white))
             if image.getextrema()[1] < 32:
-                warnings.warn("a 16-bit image is almost black: scale its pixels to 0 to 65535", stacklevel=2)  # once
-        if image.has_transparency_data:
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-        return image.convert("RGB")
+                warnings.warn("a 16-bit image is almost black: give the value of its white as --white", stacklevel=2)
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA")).convert("RGB")
+
+
+def save_grid(path, images, titles):
+    """Write uint8 images (C, h, w) of one size as one PNG, enlarged, in columns under their titles."""
+    zoom = -(-128 // images[0].shape[2])
+    cells = torch.stack([*images]).repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
+    sheet = ImageOps.expand(to_pil_image(make_grid(cells, len(titles), pad_value=255)), (0, 20, 0, 0), "white")
+    for i, title in enumerate(titles):
+        ImageDraw.Draw(sheet).text((4 + i * (cells.shape[3] + 2), 2), title, "black", font_size=14)
+    atomic_write(path, sheet.save)
 
 
 def cache_images(args, groups, read, shape):
     """read(group) of all groups, tuples of files, as uint8 (N, *shape): done once and kept in --data-root/cache."""
     facts = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for group in groups for file in group]
-    key = hashlib.sha256(repr((facts, shape, args.size, vars(args).get("source"))).encode()).hexdigest()[:16]
+    key = hashlib.sha256(repr((facts, shape, args.size, args.white, vars(args).get("source"))).encode()).hexdigest()[
+        :16
+    ]
     path = args.data_root / "cache" / f"{METHOD}-{key}.npy"
     with FileLock(f"{path}.lock"), ThreadPoolExecutor() as pool:
         if not path.exists():

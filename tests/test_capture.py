@@ -28,17 +28,9 @@ def graphs(monkeypatch):
         yield
         Graph.recording = None
 
-    class Stream:
-        def __init__(self, device=None):
-            pass
-
-        def wait_stream(self, other):
-            pass
-
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
-    monkeypatch.setattr(torch.cuda, "Stream", Stream)
-    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
-    monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
+    for name in ("Stream", "current_stream", "set_stream", "synchronize"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: None)
     monkeypatch.setattr(torch.cuda, "graph", graph)
     return recorded
 

@@ -140,6 +140,7 @@ RGBA, ON_WHITE = np.uint8([[(9, 8, 7, 255), (9, 8, 7, 0), (0, 0, 0, 51)]]), [(9,
 IMAGES = {  # (file, its first row of pixels as gray or RGB, or None if it is refused)
     "16-bit": (image("PNG", np.uint16([[0, 257, 65535]])), [0, 1, 255]),
     "almost black": (image("PNG", DEEP), [0, 15]),
+    "--white 4095": (image("PNG", np.uint16([[0, 273, 4095, 5000]])), [0, 17, 255, 255]),
     "32-bit": (image("TIFF", np.int32(DEEP)), None),
     "float": (image("TIFF", np.float32(DEEP)), None),
     "signed": (image("TIFF", DEEP, tiffinfo={339: 2}), None),
@@ -164,7 +165,7 @@ def test_image(kind, tmp_path):
             pix2pix.read_image(file)
     else:
         with pytest.warns(match="almost black") if kind == "almost black" else contextlib.nullcontext():
-            pixels = np.asarray(pix2pix.read_image(file))
+            pixels = np.asarray(pix2pix.read_image(file, 4095 if "white" in kind else 65535))
         assert pixels[0].tolist() == [np.broadcast_to(shade, 3).tolist() for shade in row]
 
 

@@ -173,7 +173,10 @@ def test_phases_and_schedules(tmp_path):
     assert [rate[0] for rate in rates[:3]] == pytest.approx([1e-3, 0.98e-3, 0.9604e-3])
     assert [rate[1:] for rate in rates[3:8]] == [pytest.approx([1e-3 / 2 ** (i // 2)] * 2) for i in range(5)]
     picture = Image.open(tmp_path / "run" / "samples" / "0000009.png")
-    assert picture.size == ((1 + 12 + 4) * 130 + 2, (1 + 4) * 130 + 2)  # four sentences in the style of four images
+    assert picture.size == (
+        (1 + 12 + 4) * 130 + 2,
+        (1 + 4) * 130 + 2 + 20,
+    )  # four sentences in the style of four images
 
 
 def test_held_out_combinations():
@@ -243,7 +246,6 @@ BAD_CAPTIONS = (  # text in a.txt, what the sentence says
     (None, "a.txt"),
     (b"\n \n", "a.txt"),
     (b"\xff\xfe\x00bad", "a.txt"),
-    ("红色的鸟, 。".encode(), "红色的鸟"),
 )
 
 
@@ -254,6 +256,38 @@ def test_bad_captions(tmp_path, text, says):
     file = tmp_path / "set" / "a.txt"
     file.write_bytes(text) if text else file.unlink()
     assert_refused(run_main(ROW, *ROW.tiny.split(), "--data", tmp_path / "set", "--out", tmp_path / "run"), says)
+
+
+def test_captions_without_letters(tmp_path, capsys):
+    """They are counted, and refused where no caption has a letter."""
+    save_folder(tmp_path / "set", ["a", "b", "c"], lambda i: ["红色的鸟, 。", ["blue", "2", "。"][i]])
+    load("--data", tmp_path / "set")
+    assert "4 sentences" in capsys.readouterr().out
+    save_folder(tmp_path / "set", ["a", "b", "c"], lambda i: ["红色的鸟, 。"])
+    assert_refused(run_main(ROW, *ROW.tiny.split(), "--data", tmp_path / "set"), "红色的鸟")
+
+
+GOOD_ROW = '{"file": "a.png", "caption": "one"}\n'
+BAD_ROWS = (
+    '{"file": "a.png", "captions": "a red bird"}',
+    '{"file": "a.png", "captions": [1]}',
+    "a.png: one",
+    '{"file": 1}',
+)
+
+
+def test_captions_in_one_file(tmp_path):
+    """captions.jsonl: rows of one image are added up; a bad line is named by its number; others need a .txt."""
+    save_folder(tmp_path, ["a", "b"])
+    file, flags = tmp_path / "captions.jsonl", ["--data", tmp_path, "--data-root", tmp_path / "data"]
+    file.write_text(GOOD_ROW + '{"file": "a.png", "captions": ["two", "three"]}\n')
+    assert_refused(run_main(ROW, *ROW.tiny.split(), *flags), "b.txt")
+    (tmp_path / "b.txt").write_text("four")
+    data, _ = load(*flags)
+    assert torch.equal(data.said, text2img.spell(["one", "two", "three", "four"])) and data.many.tolist() == [3, 1]
+    for bad in BAD_ROWS:
+        file.write_text(GOOD_ROW + bad)
+        assert_refused(run_main(ROW, *ROW.tiny.split(), *flags), "line 2")
 
 
 def test_other_captions_are_refused(tmp_path):
@@ -289,6 +323,8 @@ def test_class_names_as_captions(tmp_path, capsys):
         Image.new("RGB", (20, 20)).save(tmp_path / f"{name}.png")
     flags = ["--size", "16", "--load-size", "19", "--device", "cpu", "--data-root", str(tmp_path / "data"), "--data"]
     _, captions, _ = text2img.read_folder(text2img.get_args([*flags, str(tmp_path)]))
-    assert captions == [["a daisy"], ["a daisy"], ["a tulip"]] and "3 images have no .txt" in capsys.readouterr().out
+    assert (
+        captions == [["a daisy"], ["a daisy"], ["a tulip"]] and "3 images have no captions" in capsys.readouterr().out
+    )
     with pytest.raises(SystemExit, match="0.txt"):
         text2img.read_folder(text2img.get_args([*flags, str(tmp_path / "daisy")]))
