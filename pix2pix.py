@@ -329,8 +329,9 @@ def read_pair(args, size, files):
 
 def to_tensor(args, image):
     """uint8 (3, H, W) of an RGB image; --from gray: L, a and b of CIE Lab."""
-    lab = ImageCms.profileToProfile(image, RGB, LAB, outputMode="LAB") if args.source == "gray" else image
-    return torch.from_numpy(np.array(lab)).permute(2, 0, 1)
+    if args.source == "gray":
+        image = Image.merge("RGB", ImageCms.profileToProfile(image, RGB, LAB, outputMode="LAB").split())
+    return pil_to_tensor(image)
 
 
 def to_xy(args, pixels):
