@@ -72,7 +72,7 @@ SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if 
 def get_args(argv=None):
     """Options from `argv` or the command line. The defaults are the authors', or those of the named set."""
     parser = argparse.ArgumentParser(usage="%(prog)s [options]", description=__doc__.partition("\n")[0])
-    parser.formatter_class = functools.partial(argparse.ArgumentDefaultsHelpFormatter, width=120)
+    parser.formatter_class = functools.partial(argparse.ArgumentDefaultsHelpFormatter, width=120, max_help_position=36)
     add = parser.add_argument_group("data").add_argument
     add("--data", default="toy", help=f"a folder of images, or one of {', '.join(SETS)}")
     add("--data-root", type=Path, default="data", help="for downloads")
@@ -573,6 +573,7 @@ def load_checkpoint(run):
     with explain_errors(f"{path} is not a checkpoint of {METHOD}"):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         assert checkpoint["script"] == METHOD, f"it is one of {checkpoint['script']}"
+        assert isinstance(checkpoint["settings"], dict), "it has no settings"
     return checkpoint
 
 

@@ -78,7 +78,7 @@ RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 def get_args(argv=None):
     """Options from `argv` or the command line. The defaults are the paper's, or those of the named set."""
     parser = argparse.ArgumentParser(usage="%(prog)s [options]", description=__doc__.partition("\n")[0])
-    parser.formatter_class = functools.partial(argparse.ArgumentDefaultsHelpFormatter, width=120)
+    parser.formatter_class = functools.partial(argparse.ArgumentDefaultsHelpFormatter, width=120, max_help_position=36)
     add = parser.add_argument_group("data").add_argument
     add("--data", default="toy", help="a folder of images with captions, or toy")
     add("--data-root", type=Path, default="data", help="for decoded images")
@@ -802,6 +802,7 @@ def load_checkpoint(run):
     with explain_errors(f"{path} is not a checkpoint of {METHOD}"):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         assert checkpoint["script"] == METHOD, f"it is one of {checkpoint['script']}"
+        assert isinstance(checkpoint["settings"], dict), "it has no settings"
     return checkpoint
 
 
