@@ -88,7 +88,7 @@ class Case:
         run, kills = self.folder / f"run{rng.random()}", 0
         while True:
             child = start(self.row, [*self.flags, "--out", run], self.log)
-            child.join(rng.uniform(0, 2 * self.seconds))
+            child.join(rng.uniform(0, self.seconds))
             if child.exitcode is not None:
                 break
             os.kill(child.pid, signal.SIGKILL)
