@@ -48,7 +48,8 @@ from tqdm import tqdm
 
 METHOD, SCRIPT = "cyclegan", Path(__file__).stem
 SETS = {  # the named sets, and which defaults each changes
-    "toy": dict(size=64, load_size=64, blocks=3, ngf=32, ndf=32, n_layers=2, epochs=6, decay_epochs=3, save_every=600),
+    "toy": dict(size=64, load_size=64, blocks=3, ngf=16, ndf=32, n_layers=2)
+    | dict(lambda_cycle=5.0, epochs=8, decay_epochs=4, save_every=600),
     **dict.fromkeys("horse2zebra apple2orange summer2winter_yosemite iphone2dslr_flower maps facades".split(), {}),
     **dict.fromkeys("monet2photo cezanne2photo ukiyoe2photo vangogh2photo".split(), {}),
 }
@@ -302,21 +303,27 @@ def train(args):
 
 
 def streets(count, seed, size=64):
-    """Toy maps and photos, uint8 (N, 3, size, size), and the class ids (N, size, size) behind them."""
+    """Toy maps and photos, uint8 (N, 3, size, size), and the class ids (N, size, size) behind them.
+
+    Ids are ground, houses (square), parks (round), streets and a river. Photos tell the first three by their texture.
+    """
     rng, (row, col) = np.random.default_rng(seed), np.mgrid[:size, :size]
-    colour = np.array([(240, 236, 224), (196, 120, 104), (124, 190, 110), (255, 214, 90), (110, 168, 220)], np.uint8)
-    mean = np.array([(132, 126, 112), (132, 126, 112), (132, 126, 112), (82, 82, 90), (58, 92, 122)])
+    colour = np.array([(240, 236, 224), (212, 136, 118), (84, 146, 88), (60, 60, 72), (70, 112, 176)], np.uint8)
+    mean = np.array([(152, 146, 132), (132, 126, 112), (112, 106, 92), (72, 72, 80), (58, 92, 122)])
     photos, ids = np.empty((count, size, size, 3), np.uint8), np.empty((count, size, size), np.uint8)
     for photo, label in zip(photos, ids):
-        angle, (wide, tall), p = rng.uniform(0, math.pi), rng.uniform(18, 30, 2), rng.uniform(0, 2 * math.pi, 5)
+        angle, (wide, tall), p = rng.uniform(0, math.pi), rng.uniform(20, 30, 2), rng.uniform(0, 2 * math.pi, 5)
         u, v = (row * math.cos(a) + col * math.sin(a) + rng.uniform(2, 3) * size for a in (angle, angle + math.pi / 2))
-        label[:] = rng.integers(0, 3, (size, size))[(u // wide).astype(int), (v // tall).astype(int)]
-        label[(u % wide < 5) | (v % tall < 5)] = 3
+        a, b = (2 * abs(t % d - d / 2) / (d - 5) for t, d in ((u, wide), (v, tall)))  # 0 mid-block, 1 at the street
+        block = (u // wide).astype(int), (v // tall).astype(int)
+        park, shade = rng.random((size, size))[block] < 0.25, rng.normal(0, 14, (size, size))[block]
+        far = np.where(park, a**2 + b**2, np.maximum(a, b))
+        label[:] = np.select([far > 1, park, far < 0.7], [3, 2, 1])
         label[abs(u + 6 * np.sin(v / 9 + p[0]) - rng.uniform(1, 4.5) * size) < 5] = 4
-        grain, stripes, waves = rng.normal(0, 1, (size, size)), np.sin(1.3 * row + p[1]), np.sin(0.8 * v + p[2])
-        leaves = np.sin(0.9 * row + p[3]) * np.sin(0.9 * col + p[4])
-        texture = np.choose(label, [11 * grain, 48 * stripes, 70 * leaves, 3 * grain, 14 * waves])
-        photo[:] = (mean[label] + texture[..., None]).clip(0, 255)
+        grain, stripes, waves = rng.normal(0, 1, (size, size)), np.sin(1.5 * row + p[1]), np.sin(0.8 * v + p[2])
+        leaves = np.sin(1.2 * row + p[3]) * np.sin(1.2 * col + p[4])
+        texture = np.choose(label, [9 * grain, 48 * stripes, 70 * leaves, 3 * grain, 14 * waves])
+        photo[:] = (mean[label] + (texture + shade * (label < 3))[..., None]).clip(0, 255)
     return colour[ids].transpose(0, 3, 1, 2), photos.transpose(0, 3, 1, 2), ids
 
 

@@ -239,7 +239,7 @@ def test_scorer_of_streets_comes_with_the_bench(tmp_path):
         for i, image in enumerate(images):
             Image.fromarray(image.transpose(1, 2, 0)).save(tmp_path / name / f"{i:03}.png")
     row = measure("--samples", tmp_path / "photos", "--data-root", tmp_path / "data")
-    assert row["class_iou"] == row["real_class_iou"] > 0.99 and not (tmp_path / "data").exists()
+    assert row["class_iou"] == row["real_class_iou"] > 0.98 and not (tmp_path / "data").exists()
     assert row["weights"] == common.file_hash(common.WEIGHTS / "streets.pt")
     row = measure("--samples", tmp_path / "maps", "--labels")
     assert [row[name] for name in fcn.METRICS] == [1, 1, 1]
