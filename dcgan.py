@@ -32,6 +32,7 @@ import os
 import re
 import signal
 import sys
+import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -68,7 +69,7 @@ COLUMNS = ["0, 10, 20, ...", *"123456789"]  # the numbers of samples, for --arit
 CRITICS = {"wgan": dict(k=5, lr=5e-5), "wgan-gp": dict(k=5, lr=1e-4)}  # losses, and which defaults each changes
 FIXED = "white size channels kernel nz ngf ndf loss k seed".split()
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
-MODES = "1 L LA P PA RGB RGBA CMYK I;16 I;16B".split()  # the Pillow images that 8 bits of red, green and blue can show
+MODES = "1 L LA P PA RGB RGBA CMYK I;16 I;16B".split()  # the modes of Pillow that read_image takes
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
 
@@ -254,7 +255,8 @@ def train(args):
     for step in range(run.start_step + 1, run.last_step + 1):
         epoch, x = next(loader)
         set_seed(args, step)  # of z
-        if run.report(step, epoch, update(x)):  # it is time to save
+        losses = update(x)
+        if run.report(step, epoch, losses):  # it is time to save
             fakes = draw(args, state["G"], codes(args, args.seed, 100))
             save_grid(args.out / "samples" / f"{step:07}.png", fakes, COLUMNS)
             run.save_checkpoint(step)
@@ -443,6 +445,8 @@ def check_args(args, may_be_zero):
         if WORLD > 1 and str(device) != "cpu":
             torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
         args.device = str(torch.empty(1, device=device).device)
+        if "cuda" in args.device:
+            torch.cuda.set_device(args.device)
     units = torch.cpu.get_capabilities() if args.device == "cpu" else {"cuda": torch.cuda.is_bf16_supported(False)}
     if args.precision == "auto":
         args.precision = "bf16" if any(map(units.get, ("avx512_bf16", "amx_bf16", "cuda"))) else "fp32"
@@ -463,10 +467,10 @@ class Run:
     """The run folder: resumes and saves `state`, logs, and stops on a signal. One process owns it at a time."""
 
     def __init__(self, args, state, images):
-        """Resume from last.pt if it is there. The whole run shows so many `images`, each of them once an epoch."""
+        """Resume from last.pt if it is there. `images`: how many the whole run shows, repeats counted."""
         self.args, self.state, self.log, last = args, state, args.out / "log.jsonl", args.out / "last.pt"
-        self.signal, self.should_stop, self.last_save, self.start_step, self.images_seen = 0, 0, 0, 0, 0
-        self.batch = args.batch_size * vars(args).get("k", 1)  # images in a step; k is an option of others
+        self.signal, self.should_stop, self.start_step, self.images_seen = 0, 0, 0, 0
+        self.batch = args.batch_size * vars(args).get("k", 1)  # images in a step; k is an option of other scripts
         self.settings = {name: value for name, value in vars(args).items() if not isinstance(value, Path)}
         self.lock = FileLock(args.out / ".lock")
         with explain_errors(f"{args.out} is in use by another process"):
@@ -492,6 +496,7 @@ class Run:
         print(f"{begin} {args.out} at step {self.start_step} of {self.goal}, {args.device}, {args.precision}")
         numbers = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # as nohup sets it
         self.handlers = {number: signal.signal(number, self.on_signal) for number in numbers}
+        self.step, self.begun, self.last_save = self.start_step, time.monotonic(), time.monotonic()
         self.bar = tqdm(initial=self.start_step, total=self.last_step, delay=1, mininterval=2, file=sys.stdout)
 
     def on_signal(self, number, frame):
@@ -503,17 +508,17 @@ class Run:
             fail(f"{self.args.out} has learned from other images: give those, or --fresh, or another --out")
         self.start_step, self.images_seen = saved["step"], saved["images_seen"]
         for name, part in self.state.items():
-            if name.startswith("opt"):  # with the rate and the device of now
+            if name.startswith("opt"):  # with the current rate and device
                 saved[name]["param_groups"] = part.state_dict()["param_groups"]
             part.load_state_dict(saved[name])
 
     def report(self, step, epoch, losses):
         """Count the step, log the losses every two seconds, set should_stop after a signal. Returns whether to save."""
-        args, number, elapsed = self.args, torch.tensor(self.signal), self.bar.format_dict["elapsed"]
+        args, number, now = self.args, torch.tensor(self.signal), time.monotonic()
         if WORLD > 1:  # all processes stop at the same step
             dist.all_reduce(number, dist.ReduceOp.MAX)
-        self.should_stop, self.images_seen = number.item(), self.images_seen + self.batch
-        due = step % args.save_every == 0 if args.save_every else elapsed - self.last_save > 600
+        self.step, self.should_stop, self.images_seen = step, number.item(), self.images_seen + self.batch
+        due = step % args.save_every == 0 if args.save_every else now - self.last_save > 600
         save, shown = due or self.should_stop or step == self.last_step, False
         with contextlib.suppress(OSError):  # a terminal or pipe may be closed
             shown = self.bar.update()
@@ -521,7 +526,7 @@ class Run:
             losses = {name: loss.item() for name, loss in losses.items()}  # waits for the device
             if not all(map(math.isfinite, losses.values())):
                 fail(f"a loss is not finite at step {step}: {losses}; last.pt is kept; try a lower --lr")
-            rate = (step - self.start_step) * self.batch / elapsed
+            rate = (step - self.start_step) * self.batch / (now - self.begun)
             with open(self.log, "a") as log:
                 log.write(json.dumps({"step": step, "epoch": epoch, **losses, "images_per_s": rate}) + "\n")
             self.bar.set_postfix(losses, images_per_s=rate, refresh=False)
@@ -532,7 +537,7 @@ class Run:
         checkpoint |= {"script": METHOD, "settings": self.settings, "step": step, "images_seen": self.images_seen}
         checkpoint["log_size"] = self.log.stat().st_size
         atomic_write(self.args.out / "last.pt", lambda part: torch.save(checkpoint, part))
-        self.last_save = self.bar.format_dict["elapsed"]
+        self.last_save = time.monotonic()
 
     def close(self):
         """Leave the run folder, and the script if it got a signal."""
@@ -543,8 +548,8 @@ class Run:
             dist.destroy_process_group()
         with contextlib.suppress(OSError):
             self.bar.close()
-            done = "finished" if self.bar.n == self.goal else "saved"
-            print(f"{self.args.out} is {done} at step {self.bar.n} of {self.goal}; pictures are in its samples/")
+            done = "finished" if self.step == self.goal else "saved"
+            print(f"{self.args.out} is {done} at step {self.step} of {self.goal}; pictures are in its samples/")
         if self.should_stop:
             sys.exit(128 + self.should_stop)
 
@@ -559,7 +564,7 @@ def load_checkpoint(run):
     """The dict in RUN/last.pt, on the CPU. No code in it is run."""
     path = Path(run, "last.pt")
     if not path.exists():
-        fail(f"there is no {path}: train first, or give another --out")
+        fail(f"there is no {path}: train first, or name another run")
     with explain_errors(f"{path} is not a checkpoint of {METHOD}"):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         assert checkpoint["script"] == METHOD, f"it is one of {checkpoint['script']}"
@@ -614,7 +619,7 @@ def find_images(folder, others=()):
     """[(split, folders, file)] of all images below `folder`; the split is train, val or test if a folder says so."""
     names = sorted(glob.glob("**/*.*", root_dir=folder, recursive=True))  # follows links, leaves out hidden files
     runs = tuple(name.removesuffix("log.jsonl") for name in names if name.endswith("/log.jsonl"))
-    names, found = [name for name in names if not name.startswith(runs or "/")], []
+    names, found = [name for name in names if not name.startswith(runs)], []
     images = [name for name in names if name.lower().endswith(IMAGES)]
     left_out = len([name for name in names if not name.lower().endswith((*IMAGES, *others))])
     if left_out:
@@ -653,9 +658,8 @@ def save_grid(path, images, titles):
 def cache_images(args, groups, read, shape):
     """read(group) of all groups, tuples of files, as uint8 (N, *shape): done once and kept in --data-root/cache."""
     facts = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for group in groups for file in group]
-    key = hashlib.sha256(repr((facts, shape, args.size, args.white, vars(args).get("source"))).encode()).hexdigest()[
-        :16
-    ]
+    facts += [shape, args.size, args.white, vars(args).get("source")]
+    key = hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
     path = args.data_root / "cache" / f"{METHOD}-{key}.npy"
     with FileLock(f"{path}.lock"), ThreadPoolExecutor() as pool:
         if not path.exists():

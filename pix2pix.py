@@ -31,6 +31,7 @@ import re
 import shutil
 import signal
 import sys
+import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -59,7 +60,7 @@ CHANNELS = {None: (3, 3), "gray": (1, 2), "hole": (3, 3)}  # of x and y, by --fr
 RGB, LAB = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
 LAYOUTS = "give images with A and B side by side, or folders A and B, in folders train and test"
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
-MODES = "1 L LA P PA RGB RGBA CMYK I;16 I;16B".split()  # the Pillow images that 8 bits of red, green and blue can show
+MODES = "1 L LA P PA RGB RGBA CMYK I;16 I;16B".split()  # the modes of Pillow that read_image takes
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
 
@@ -69,7 +70,7 @@ def get_args(argv=None):
     parser = argparse.ArgumentParser(usage="%(prog)s [options]", description=__doc__.partition("\n")[0])
     parser.formatter_class = functools.partial(argparse.ArgumentDefaultsHelpFormatter, width=120, max_help_position=36)
     add = parser.add_argument_group("data").add_argument
-    add("--data", default="toy", help=f"a folder of pairs, or one of {', '.join(SETS)}; toy is smaller")
+    add("--data", default="toy", help=f"a folder of pairs, or one of {', '.join(SETS)}; toy has smaller defaults")
     add("--data-root", type=Path, default="data", help="for downloads and decoded images")
     add("--direction", choices=("AtoB", "BtoA"), default="AtoB", help="A is the left half or folder")
     add("--from", dest="source", choices=("gray", "hole"), help="pairs from photos: colorization, inpainting")
@@ -107,8 +108,11 @@ def get_args(argv=None):
     args = parser.parse_args(argv)
     args.data, args.load_size = data, args.load_size or args.size * 286 // 256
     check_args(args, may_be_zero=("lambda_l1", "n_layers", "decay_epochs", "lr", "seed"))
-    if args.size & (args.size - 1) or not max(16, 3 << args.n_layers) <= args.size <= args.load_size:
-        fail(f"--size {args.size}: give a power of two from 16 to --load-size, above 2 * 2**N of --n-layers N")
+    least = max(16, 3 << args.n_layers)
+    if args.size & (args.size - 1) or not least <= args.size <= args.load_size:
+        fail(
+            f"--size {args.size} with --n-layers {args.n_layers}: give a power of two from {least} to {args.load_size}"
+        )
     if args.source and (args.data in SETS or args.direction == "BtoA"):
         fail("--from needs a folder of photos as --data, and no --direction")
     return args
@@ -130,13 +134,15 @@ class Generator(nn.Module):
         for i in range(len(width)):
             first, last = i == 0, i == len(width) - 1
             c_in, c_out = in_channels if first else width[i - 1], width[i]
-            down = [nn.LeakyReLU(0.2), nn.Conv2d(c_in, c_out, 4, 2, 1, bias=False)]
+            down = [] if first else [nn.LeakyReLU(0.2)]
+            down += [nn.Conv2d(c_in, c_out, 4, 2, 1, bias=False)]
             down += [] if first or last else [nn.BatchNorm2d(c_out)]  # a normalised 1x1 map would hold nothing
-            c_in, c_out = width[i] if last or not skips else 2 * width[i], out_channels if first else width[i - 1]
+            c_in = width[i] if last or not skips else 2 * width[i]
+            c_out = out_channels if first else width[i - 1]
             up = [nn.ReLU(), nn.ConvTranspose2d(c_in, c_out, 4, 2, 1, bias=first)]
             up += [nn.Tanh()] if first else [nn.BatchNorm2d(c_out)]
             up += [nn.Dropout(0.5)] if i >= len(width) - 3 else []  # the noise z, at test time too (Sec. 3.1)
-            self.down.append(nn.Sequential(*down[first:]))
+            self.down.append(nn.Sequential(*down))
             self.up.insert(0, nn.Sequential(*up))
 
     def forward(self, x):
@@ -243,7 +249,8 @@ def train(args):
         for name in ("opt_G", "opt_D"):
             state[name].param_groups[0]["lr"].fill_(args.lr * (1 - decay))
         set_seed(args, step)  # of the dropout
-        if run.report(step, epoch, update(x, y)):  # it is time to save
+        losses = update(x, y)
+        if run.report(step, epoch, losses):  # it is time to save
             save_tests(args, state["G"], tests[:4], names, step)
             run.save_checkpoint(step)
         if run.should_stop:
@@ -299,8 +306,8 @@ def load_pairs(args):
     splits, found = {"train": {}, "val": {}, "test": {}}, find_images(folder)
     sizes = [(file.name, file.stat().st_size) for *_, file in found]
     args.images = hashlib.sha256(repr(sizes).encode()).hexdigest()[:12]  # a run belongs to its images
-    for split, folder, file in found:
-        name, side = (f"{folder}/{file.stem}", "") if args.source else (file.stem, folder)
+    for split, subfolder, file in found:
+        name, side = (str(Path(subfolder, file.stem)), "") if args.source else (file.stem, subfolder)
         pair = splits[split].setdefault(name, {})
         if pair.setdefault(side, file) != file:
             fail(f"{file} and {pair[side]} have the same name")
@@ -309,12 +316,13 @@ def load_pairs(args):
     alone = [str(file) for pair in pairs if {*pair} not in ({""}, {"A", "B"}) for file in pair.values()]
     if alone or not train:
         fail(f"{args.data}: no training pairs, or no partner for {', '.join(alone[:9])}; {LAYOUTS}")
-    print(f"{args.data}: {len(train)} training pairs, {len(test) or 'they are also the'} test pairs, {args.direction}")
-    test, pairs = test or dict(itertools.islice(train.items(), 16)), []
+    print(f"{args.data}: {len(train)} training pairs, {len(test) or 'of these up to 16'} test pairs, {args.direction}")
+    test, loaded = test or dict(itertools.islice(train.items(), 16)), []
     for split, size in ((train, args.load_size), (test, args.size)):
-        files, read = [(*pair.values(),) for pair in split.values()], functools.partial(read_pair, args, size)
-        pairs.append(cache_images(args, files, read, (sum(CHANNELS[args.source]), size, size)))
-    return *pairs, [*test]
+        files = [tuple(pair[side] for side in sorted(pair)) for pair in split.values()]
+        read = functools.partial(read_pair, args, size)
+        loaded.append(cache_images(args, files, read, (sum(CHANNELS[args.source]), size, size)))
+    return *loaded, [*test]
 
 
 def read_pair(args, size, files):
@@ -353,7 +361,7 @@ def to_xy(args, pixels):
 def batches(args, pairs, images_seen):
     """Yields epoch, x and y, without end: x and y (B, C, size, size) in [-1, 1], cropped and mirrored (Sec. 3.3).
 
-    For a loader of your own yield the same here, all of one B, and let load_pairs return its length and test pairs.
+    For a loader of your own yield the same here; load_pairs returns range(its length), test pairs and their names.
     """
     orders = functools.lru_cache(2)(lambda epoch: np.random.default_rng([args.seed, epoch]).permutation(len(pairs)))
     for first in itertools.count(images_seen, args.batch_size):
@@ -393,9 +401,9 @@ def save_tests(args, G, pairs, names, step):
 
 
 def load_generator(run, device="cpu"):
-    """G of a run folder in training mode, with dropout and the batch's statistics (Sec. 3.3). G(x) is as in to_images.
+    """G of a run folder in training mode (Sec. 3.3: with dropout and the batch's statistics), and its G.settings.
 
-    It takes x = pil_to_tensor(read_image("photo.jpg"))[None] / 127.5 - 1.
+    For x = pil_to_tensor(read_image("photo.jpg"))[None] / 127.5 - 1 of any size, use to_images(G.settings, G, x)[1].
     """
     checkpoint = load_checkpoint(run)
     with explain_errors(f"{run}/last.pt is damaged"):
@@ -412,7 +420,7 @@ def translate(args):
     args.size, args.source, args.white, args.direction = G.settings.size, G.settings.source, G.settings.white, "AtoB"
     found = find_images(args.translate) if args.translate.is_dir() else [("", "", args.translate)]
     targets = [to / folder / f"{file.stem}.png" for _, folder, file in found]
-    if len({*targets, *(file for *_, file in found)}) < 2 * len(found):
+    if len({path.resolve() for path in (*targets, *(file for *_, file in found))}) < 2 * len(found):
         fail(f"translations would overwrite images of {args.translate} or one another: choose another --to or names")
     for (*_, file), target in zip(found, targets):
         try:
@@ -421,7 +429,9 @@ def translate(args):
         except SystemExit as error:  # go on with the others
             errors.append(str(error))
     print(f"{len(found) - len(errors)} of {len(found)} images are translated to {to}")
-    return to if not errors else sys.exit("\n".join(errors))
+    if errors:
+        sys.exit("\n".join(errors))
+    return to
 
 
 # -- the same in all six scripts -------------------------------------------------------------------------------------
@@ -465,6 +475,8 @@ def check_args(args, may_be_zero):
         if WORLD > 1 and str(device) != "cpu":
             torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
         args.device = str(torch.empty(1, device=device).device)
+        if "cuda" in args.device:
+            torch.cuda.set_device(args.device)
     units = torch.cpu.get_capabilities() if args.device == "cpu" else {"cuda": torch.cuda.is_bf16_supported(False)}
     if args.precision == "auto":
         args.precision = "bf16" if any(map(units.get, ("avx512_bf16", "amx_bf16", "cuda"))) else "fp32"
@@ -485,10 +497,10 @@ class Run:
     """The run folder: resumes and saves `state`, logs, and stops on a signal. One process owns it at a time."""
 
     def __init__(self, args, state, images):
-        """Resume from last.pt if it is there. The whole run shows so many `images`, each of them once an epoch."""
+        """Resume from last.pt if it is there. `images`: how many the whole run shows, repeats counted."""
         self.args, self.state, self.log, last = args, state, args.out / "log.jsonl", args.out / "last.pt"
-        self.signal, self.should_stop, self.last_save, self.start_step, self.images_seen = 0, 0, 0, 0, 0
-        self.batch = args.batch_size * vars(args).get("k", 1)  # images in a step; k is an option of others
+        self.signal, self.should_stop, self.start_step, self.images_seen = 0, 0, 0, 0
+        self.batch = args.batch_size * vars(args).get("k", 1)  # images in a step; k is an option of other scripts
         self.settings = {name: value for name, value in vars(args).items() if not isinstance(value, Path)}
         self.lock = FileLock(args.out / ".lock")
         with explain_errors(f"{args.out} is in use by another process"):
@@ -514,6 +526,7 @@ class Run:
         print(f"{begin} {args.out} at step {self.start_step} of {self.goal}, {args.device}, {args.precision}")
         numbers = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # as nohup sets it
         self.handlers = {number: signal.signal(number, self.on_signal) for number in numbers}
+        self.step, self.begun, self.last_save = self.start_step, time.monotonic(), time.monotonic()
         self.bar = tqdm(initial=self.start_step, total=self.last_step, delay=1, mininterval=2, file=sys.stdout)
 
     def on_signal(self, number, frame):
@@ -525,17 +538,17 @@ class Run:
             fail(f"{self.args.out} has learned from other images: give those, or --fresh, or another --out")
         self.start_step, self.images_seen = saved["step"], saved["images_seen"]
         for name, part in self.state.items():
-            if name.startswith("opt"):  # with the rate and the device of now
+            if name.startswith("opt"):  # with the current rate and device
                 saved[name]["param_groups"] = part.state_dict()["param_groups"]
             part.load_state_dict(saved[name])
 
     def report(self, step, epoch, losses):
         """Count the step, log the losses every two seconds, set should_stop after a signal. Returns whether to save."""
-        args, number, elapsed = self.args, torch.tensor(self.signal), self.bar.format_dict["elapsed"]
+        args, number, now = self.args, torch.tensor(self.signal), time.monotonic()
         if WORLD > 1:  # all processes stop at the same step
             dist.all_reduce(number, dist.ReduceOp.MAX)
-        self.should_stop, self.images_seen = number.item(), self.images_seen + self.batch
-        due = step % args.save_every == 0 if args.save_every else elapsed - self.last_save > 600
+        self.step, self.should_stop, self.images_seen = step, number.item(), self.images_seen + self.batch
+        due = step % args.save_every == 0 if args.save_every else now - self.last_save > 600
         save, shown = due or self.should_stop or step == self.last_step, False
         with contextlib.suppress(OSError):  # a terminal or pipe may be closed
             shown = self.bar.update()
@@ -543,7 +556,7 @@ class Run:
             losses = {name: loss.item() for name, loss in losses.items()}  # waits for the device
             if not all(map(math.isfinite, losses.values())):
                 fail(f"a loss is not finite at step {step}: {losses}; last.pt is kept; try a lower --lr")
-            rate = (step - self.start_step) * self.batch / elapsed
+            rate = (step - self.start_step) * self.batch / (now - self.begun)
             with open(self.log, "a") as log:
                 log.write(json.dumps({"step": step, "epoch": epoch, **losses, "images_per_s": rate}) + "\n")
             self.bar.set_postfix(losses, images_per_s=rate, refresh=False)
@@ -554,7 +567,7 @@ class Run:
         checkpoint |= {"script": METHOD, "settings": self.settings, "step": step, "images_seen": self.images_seen}
         checkpoint["log_size"] = self.log.stat().st_size
         atomic_write(self.args.out / "last.pt", lambda part: torch.save(checkpoint, part))
-        self.last_save = self.bar.format_dict["elapsed"]
+        self.last_save = time.monotonic()
 
     def close(self):
         """Leave the run folder, and the script if it got a signal."""
@@ -565,8 +578,8 @@ class Run:
             dist.destroy_process_group()
         with contextlib.suppress(OSError):
             self.bar.close()
-            done = "finished" if self.bar.n == self.goal else "saved"
-            print(f"{self.args.out} is {done} at step {self.bar.n} of {self.goal}; pictures are in its samples/")
+            done = "finished" if self.step == self.goal else "saved"
+            print(f"{self.args.out} is {done} at step {self.step} of {self.goal}; pictures are in its samples/")
         if self.should_stop:
             sys.exit(128 + self.should_stop)
 
@@ -581,7 +594,7 @@ def load_checkpoint(run):
     """The dict in RUN/last.pt, on the CPU. No code in it is run."""
     path = Path(run, "last.pt")
     if not path.exists():
-        fail(f"there is no {path}: train first, or give another --out")
+        fail(f"there is no {path}: train first, or name another run")
     with explain_errors(f"{path} is not a checkpoint of {METHOD}"):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         assert checkpoint["script"] == METHOD, f"it is one of {checkpoint['script']}"
@@ -636,7 +649,7 @@ def find_images(folder, others=()):
     """[(split, folders, file)] of all images below `folder`; the split is train, val or test if a folder says so."""
     names = sorted(glob.glob("**/*.*", root_dir=folder, recursive=True))  # follows links, leaves out hidden files
     runs = tuple(name.removesuffix("log.jsonl") for name in names if name.endswith("/log.jsonl"))
-    names, found = [name for name in names if not name.startswith(runs or "/")], []
+    names, found = [name for name in names if not name.startswith(runs)], []
     images = [name for name in names if name.lower().endswith(IMAGES)]
     left_out = len([name for name in names if not name.lower().endswith((*IMAGES, *others))])
     if left_out:
@@ -675,9 +688,8 @@ def save_grid(path, images, titles):
 def cache_images(args, groups, read, shape):
     """read(group) of all groups, tuples of files, as uint8 (N, *shape): done once and kept in --data-root/cache."""
     facts = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for group in groups for file in group]
-    key = hashlib.sha256(repr((facts, shape, args.size, args.white, vars(args).get("source"))).encode()).hexdigest()[
-        :16
-    ]
+    facts += [shape, args.size, args.white, vars(args).get("source")]
+    key = hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
     path = args.data_root / "cache" / f"{METHOD}-{key}.npy"
     with FileLock(f"{path}.lock"), ThreadPoolExecutor() as pool:
         if not path.exists():

@@ -181,6 +181,19 @@ def test_bad_image(row, tmp_path):
     assert not [*tmp_path.rglob("last.pt")]
 
 
+def test_sides_and_places(tmp_path):
+    """A is A wherever its folder sorts; test images of photos lie in OUT/test; originals are not overwritten."""
+    write(tmp_path, {"set/train/B/0.png": [20], "set/trainA/0.png": [10], "photos/0.png": [10]})
+    train, _, _ = pix2pix.load_pairs(pix2pix.get_args([*SMALL, "--data", "set"]))
+    assert (train[0, 0].unique().tolist(), train[0, 3].unique().tolist()) == ([10], [20])
+    assert run_main(PIX2PIX, *SMALL, "--data", "photos", "--from", "hole", "--out", "run") == 0
+    assert [*tmp_path.glob("run/test/*.png")] == [tmp_path / "run" / "test" / "0.png"]
+    before = (tmp_path / "photos" / "0.png").read_bytes()
+    said = run_main(PIX2PIX, "--out", "run", "--translate", tmp_path / "photos", "--to", "photos")
+    assert_refused(said, "overwrite")
+    assert (tmp_path / "photos" / "0.png").read_bytes() == before
+
+
 def test_bad_image_to_translate(call, tmp_path):
     """--translate names a bad file, goes on with the others, and does not end with exit status 0."""
     assert run_main(PIX2PIX, *SMALL, "--out", "run") == 0
