@@ -57,7 +57,7 @@ SETS = {  # the named sets, and which defaults each changes
 TERMS = ("all", "cycle", "gan", "gan+forward", "gan+backward")  # of the loss; all but the first are ablations (Table 4)
 WAYS = {"AtoB": ("G", "F"), "BtoA": ("F", "G")}  # there, and back
 FIXED = "white size load_size no_mirror blocks ngf ndf n_layers terms lambda_cycle lambda_identity pool seed".split()
-LAYOUTS = "give folders A and B, or trainA, trainB, testA and testB, or images with A and B side by side"
+LAYOUTS = "give folders named A and B, or images with A and B side by side, all of it in train and test if you like"
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 MODES = "1 L LA P PA RGB RGBA CMYK I;16 I;16B".split()  # the modes of Pillow that read_image takes
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
@@ -505,11 +505,13 @@ def check_settings(args):
     """Compare the settings with those of the run that is to be resumed: what is FIXED may not change."""
     resumed = not args.fresh and (args.out / "last.pt").exists()
     saved = load_checkpoint(args.out)["settings"] if resumed else {}
-    for name in [name for name in saved if name in args and saved[name] != getattr(args, name)]:
-        option = name.replace("_", "-").replace("source", "from")
-        if name in FIXED:
-            fail(f"{args.out} has other {option}, {saved[name]}: repeat that, or give --fresh or another --out")
-        print(f"{args.out}: {option} was {saved[name]}, is {getattr(args, name)}")
+    changed = {name: value for name, value in saved.items() if name in args and value != getattr(args, name)}
+    fixed = [f"--{name} {value}".replace("_", "-") for name, value in changed.items() if name in FIXED]
+    if fixed:
+        options = ", ".join(fixed).replace("--source", "--from")
+        fail(f"{args.out} was trained with {options}: repeat that, give another --out, or delete it with --fresh")
+    for name, value in changed.items():
+        print(f"{args.out}: {name} was {value}, is {getattr(args, name)}")
 
 
 class Run:
@@ -535,7 +537,7 @@ class Run:
             with explain_errors(f"{last} is damaged; --fresh starts over"):
                 self.resume(saved[0])
         elif args.init:
-            with explain_errors(f"--init {args.init} has other networks"):
+            with explain_errors(f"--init {args.init} has other networks: repeat their options"):
                 for name in [name for name in state if not name.startswith(("opt", "pool"))]:
                     state[name].load_state_dict(load_checkpoint(args.init)[name])
         self.goal = self.start_step + max(0, math.ceil((images - self.images_seen) / self.batch))
@@ -672,7 +674,7 @@ def find_images(folder, others=()):
     images = [name for name in names if name.lower().endswith(IMAGES)]
     left_out = len([name for name in names if not name.lower().endswith((*IMAGES, *others))])
     if left_out:
-        print(f"{folder}: {left_out} files with other endings are left out")
+        print(f"{folder}: files with other endings are left out: {left_out}")
     for name in images:
         *parts, _ = re.sub(r"\b(train|test|val)(id|idation)?[_-]?([AB]?)/", r"\1/\3/", name).split("/")
         split = next((part for part in parts if part in ("train", "val", "test")), "train")

@@ -471,11 +471,13 @@ def check_settings(args):
     """Compare the settings with those of the run that is to be resumed: what is FIXED may not change."""
     resumed = not args.fresh and (args.out / "last.pt").exists()
     saved = load_checkpoint(args.out)["settings"] if resumed else {}
-    for name in [name for name in saved if name in args and saved[name] != getattr(args, name)]:
-        option = name.replace("_", "-").replace("source", "from")
-        if name in FIXED:
-            fail(f"{args.out} has other {option}, {saved[name]}: repeat that, or give --fresh or another --out")
-        print(f"{args.out}: {option} was {saved[name]}, is {getattr(args, name)}")
+    changed = {name: value for name, value in saved.items() if name in args and value != getattr(args, name)}
+    fixed = [f"--{name} {value}".replace("_", "-") for name, value in changed.items() if name in FIXED]
+    if fixed:
+        options = ", ".join(fixed).replace("--source", "--from")
+        fail(f"{args.out} was trained with {options}: repeat that, give another --out, or delete it with --fresh")
+    for name, value in changed.items():
+        print(f"{args.out}: {name} was {value}, is {getattr(args, name)}")
 
 
 class Run:
@@ -499,7 +501,7 @@ class Run:
             with explain_errors(f"{last} is damaged; --fresh starts over"):
                 self.resume(saved[0])
         elif args.init:
-            with explain_errors(f"--init {args.init} has other networks"):
+            with explain_errors(f"--init {args.init} has other networks: repeat their options"):
                 for name in [name for name in state if not name.startswith(("opt", "pool"))]:
                     state[name].load_state_dict(load_checkpoint(args.init)[name])
         self.goal = self.start_step + max(0, math.ceil((images - self.images_seen) / self.batch))
@@ -613,7 +615,7 @@ def find_images(folder, others=()):
     images = [name for name in names if name.lower().endswith(IMAGES)]
     left_out = len([name for name in names if not name.lower().endswith((*IMAGES, *others))])
     if left_out:
-        print(f"{folder}: {left_out} files with other endings are left out")
+        print(f"{folder}: files with other endings are left out: {left_out}")
     for name in images:
         *parts, _ = re.sub(r"\b(train|test|val)(id|idation)?[_-]?([AB]?)/", r"\1/\3/", name).split("/")
         split = next((part for part in parts if part in ("train", "val", "test")), "train")

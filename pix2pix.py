@@ -58,7 +58,7 @@ SETS = {  # the named sets, and which defaults each changes
 FIXED = "direction source white size load_size no_mirror loss lambda_l1 no_skips ngf ndf n_layers seed".split()
 CHANNELS = {None: (3, 3), "gray": (1, 2), "hole": (3, 3)}  # of x and y, by --from; gray is L and ab of CIE Lab
 RGB, LAB = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
-LAYOUTS = "give images with A and B side by side, or folders A and B, in folders train and test"
+LAYOUTS = "give images with A and B side by side, or folders named A and B, all of it in train and test if you like"
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 MODES = "1 L LA P PA RGB RGBA CMYK I;16 I;16B".split()  # the modes of Pillow that read_image takes
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
@@ -315,7 +315,7 @@ def load_pairs(args):
     pairs = [*train.values(), *test.values()]
     alone = [str(file) for pair in pairs if {*pair} not in ({""}, {"A", "B"}) for file in pair.values()]
     if alone or not train:
-        fail(f"{args.data}: no training pairs, or no partner for {', '.join(alone[:9])}; {LAYOUTS}")
+        fail(f"{args.data} has no {'partner for ' + ', '.join(alone[:3]) if alone else 'training pairs'}; {LAYOUTS}")
     print(f"{args.data}: {len(train)} training pairs, {len(test) or 'of these up to 16'} test pairs, {args.direction}")
     test, loaded = test or dict(itertools.islice(train.items(), 16)), []
     for split, size in ((train, args.load_size), (test, args.size)):
@@ -486,11 +486,13 @@ def check_settings(args):
     """Compare the settings with those of the run that is to be resumed: what is FIXED may not change."""
     resumed = not args.fresh and (args.out / "last.pt").exists()
     saved = load_checkpoint(args.out)["settings"] if resumed else {}
-    for name in [name for name in saved if name in args and saved[name] != getattr(args, name)]:
-        option = name.replace("_", "-").replace("source", "from")
-        if name in FIXED:
-            fail(f"{args.out} has other {option}, {saved[name]}: repeat that, or give --fresh or another --out")
-        print(f"{args.out}: {option} was {saved[name]}, is {getattr(args, name)}")
+    changed = {name: value for name, value in saved.items() if name in args and value != getattr(args, name)}
+    fixed = [f"--{name} {value}".replace("_", "-") for name, value in changed.items() if name in FIXED]
+    if fixed:
+        options = ", ".join(fixed).replace("--source", "--from")
+        fail(f"{args.out} was trained with {options}: repeat that, give another --out, or delete it with --fresh")
+    for name, value in changed.items():
+        print(f"{args.out}: {name} was {value}, is {getattr(args, name)}")
 
 
 class Run:
@@ -516,7 +518,7 @@ class Run:
             with explain_errors(f"{last} is damaged; --fresh starts over"):
                 self.resume(saved[0])
         elif args.init:
-            with explain_errors(f"--init {args.init} has other networks"):
+            with explain_errors(f"--init {args.init} has other networks: repeat their options"):
                 for name in [name for name in state if not name.startswith(("opt", "pool"))]:
                     state[name].load_state_dict(load_checkpoint(args.init)[name])
         self.goal = self.start_step + max(0, math.ceil((images - self.images_seen) / self.batch))
@@ -653,7 +655,7 @@ def find_images(folder, others=()):
     images = [name for name in names if name.lower().endswith(IMAGES)]
     left_out = len([name for name in names if not name.lower().endswith((*IMAGES, *others))])
     if left_out:
-        print(f"{folder}: {left_out} files with other endings are left out")
+        print(f"{folder}: files with other endings are left out: {left_out}")
     for name in images:
         *parts, _ = re.sub(r"\b(train|test|val)(id|idation)?[_-]?([AB]?)/", r"\1/\3/", name).split("/")
         split = next((part for part in parts if part in ("train", "val", "test")), "train")

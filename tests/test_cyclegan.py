@@ -132,7 +132,7 @@ def test_layouts(files, expected, tmp_path, call):
     save_flat(tmp_path / "data", {name: [*map(int, Path(name).stem)] for name in files.split()})
     if expected is None:
         said = call(ROW, *TINY, "--data", "data", "--out", "run", "--max-steps", 1).said
-        assert_refused(said, "give folders A and B")
+        assert_refused(said, "give folders named A and B")
     else:
         train, test, names = cyclegan.load_sides(settings("--data", "data"))
         assert [side.unique().tolist() for side in train + test] == [[value] for value in expected]

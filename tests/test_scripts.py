@@ -319,7 +319,7 @@ LIMITS = {  # lines of the method, lines, bytes: no file grows beyond this
     "gan": (180, 660, 35_600),
     "cgan": (210, 695, 36_400),
     "dcgan": (150, 690, 37_800),
-    "text2img": (270, 925, 50_500),
+    "text2img": (270, 930, 50_700),
 }
 FOLDERS = {"bench": (2500, 125_000), "tests": (4500, 220_000)}
 
