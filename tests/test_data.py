@@ -1,6 +1,7 @@
 """What users' folders, images and downloads do: what is trained on, with what, and what is refused in a sentence."""
 
 import contextlib
+import functools
 import http.server
 import io
 import sys
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from scripts import ROWS, assert_refused, read_checkpoint, run_main, save_images
+from scripts import ROWS, assert_refused, read_checkpoint, read_log, run_main, save_images
 
 import pix2pix
 
@@ -272,3 +273,11 @@ def test_closed_output(close, start, tmp_path):
     child.stdout.close()
     child.wait(60)
     assert read_checkpoint(tmp_path / "run")["step"] == 50
+
+
+def test_without_a_progress_bar(monkeypatch, tmp_path):
+    """TQDM_DISABLE=1, which clusters set, changes nothing but the bar."""
+    monkeypatch.setattr(pix2pix, "tqdm", functools.partial(pix2pix.tqdm, disable=True))
+    assert run_main(PIX2PIX, *SMALL, "--out", "run") == 0
+    (row,) = read_log(tmp_path / "run")
+    assert row["step"] == 1 and row["images_per_s"] > 0
