@@ -609,7 +609,8 @@ def save_samples(args, state, data, step):
         head = Image.new("RGB", (128, 128), "white")
         ImageDraw.Draw(head).text((4, 4), textwrap.fill(sentence, 19), "black", font_size=12)
         cells += [pil_to_tensor(head), *row]
-    titles = ["sentence", *["z"] * 4, *["to the first z"] * 4, *["to the next row"] * 4, *["style of the top"] * len(x)]
+    titles = ["sentence", "noise 1", "noise 2", "noise 3", "noise 4", *["noise 4 to 1"] * 4, *["to next sentence"] * 4]
+    titles += ["style of image"] * len(x)
     save_grid(args.out / "samples" / f"{step:07}.png", cells, titles)
 
 
