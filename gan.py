@@ -477,7 +477,7 @@ def check_settings(args):
         options = ", ".join(fixed).replace("--source", "--from")
         fail(f"{args.out} was trained with {options}: repeat that, give another --out, or delete it with --fresh")
     for name, value in changed.items():
-        print(f"{args.out}: {name} was {value}, is {getattr(args, name)}")
+        print(f"{args.out}: {name.replace('_', '-')} was {value}, is {getattr(args, name)}")
 
 
 class Run:
