@@ -369,7 +369,7 @@ def test_shared_block():
         assert (differ, [name for name in missing if name not in OPTIONAL]) == ([], []), row.name
 
 
-OPTIONAL = {"init_distributed", "share_checkpoint", "average_gradients", "find_data", "cache_images", "find_images"}
+OPTIONAL = {"init_distributed", "average_gradients", "cache_images", "find_images"}
 
 
 def defined(row, name):
