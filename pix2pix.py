@@ -316,9 +316,7 @@ def load_pairs(args):
     alone = [str(file) for pair in pairs if {*pair} not in ({""}, {"A", "B"}) for file in pair.values()]
     if alone or not train:
         fail(f"{args.data} has no {'partner for ' + ', '.join(alone[:3]) if alone else 'training pairs'}; {LAYOUTS}")
-    print(
-        f"{args.data}: {len(train)} training pairs, {len(test) or 'up to 16 of these as'} test pairs, {args.direction}"
-    )
+    print(f"{args.data}: {len(train)} training pairs, {len(test) or 'up to 16 as'} test pairs, {args.direction}")
     test, loaded = test or dict(itertools.islice(train.items(), 16)), []
     for split, size in ((train, args.load_size), (test, args.size)):
         files = [tuple(pair[side] for side in sorted(pair)) for pair in split.values()]
