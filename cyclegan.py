@@ -35,6 +35,7 @@ import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
@@ -66,7 +67,9 @@ RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 
 def get_args(argv=None):
     """Options from `argv` or the command line. The defaults are the paper's, or those of the named set."""
-    parser = argparse.ArgumentParser(usage="%(prog)s [options]", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s [options]", description=__doc__.partition("\n")[0], allow_abbrev=False
+    )
     parser.formatter_class = functools.partial(argparse.ArgumentDefaultsHelpFormatter, width=120, max_help_position=36)
     add = parser.add_argument_group("data").add_argument
     add("--data", default="toy", help=f"a folder of images of two kinds, or one of {', '.join(SETS)}")
@@ -436,6 +439,7 @@ def load_generator(run, device="cpu", direction="AtoB"):
 
 def translate(args):
     """Translate --translate, an image or a folder, of any size, with a trained G. Returns the folder of the results."""
+    check_settings(args, use=True)
     G, to, errors = load_generator(args.out, args.device, args.direction), args.to or args.out / "translated", []
     found = find_images(args.translate) if args.translate.is_dir() else [("", "", args.translate)]
     targets = [to / folder / f"{file.stem}.png" for _, folder, file in found]
@@ -501,16 +505,16 @@ def check_args(args, may_be_zero):
         args.precision = "bf16" if any(map(units.get, ("avx512_bf16", "amx_bf16", "cuda"))) else "fp32"
 
 
-def check_settings(args):
-    """Compare the settings with those of the run that is to be resumed: what is FIXED may not change."""
+def check_settings(args, use=False):
+    """Compare the settings with those of the run: to resume it, what is FIXED may not change; to `use` it, it may."""
     resumed = not args.fresh and (args.out / "last.pt").exists()
     saved = load_checkpoint(args.out)["settings"] if resumed else {}
     changed = {name: value for name, value in saved.items() if name in args and value != getattr(args, name)}
     fixed = [f"--{name} {value}".replace("_", "-") for name, value in changed.items() if name in FIXED]
     if fixed:
-        options = ", ".join(fixed).replace("--source", "--from")
-        fail(f"{args.out} was trained with {options}: repeat that, give another --out, or delete it with --fresh")
-    for name, value in changed.items():
+        sentence = f"{args.out} was trained with {', '.join(fixed)}".replace("--source", "--from")
+        print(sentence) if use else fail(f"{sentence}: repeat that, give another --out, or delete it with --fresh")
+    for name, value in () if use else changed.items():
         print(f"{args.out}: {name.replace('_', '-')} was {value}, is {getattr(args, name)}")
 
 
@@ -712,13 +716,13 @@ def cache_images(args, groups, read, shape):
     facts += [shape, args.size, args.white, vars(args).get("source")]
     key = hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
     path = args.data_root / "cache" / f"{METHOD}-{key}.npy"
-    with FileLock(f"{path}.lock"), ThreadPoolExecutor() as pool:
+    with FileLock(f"{path}.lock"), ThreadPoolExecutor() as pool, TemporaryDirectory(dir=path.parent) as folder:
         if not path.exists():
-            pixels = np.lib.format.open_memmap(f"{path}.part", "w+", np.uint8, (len(groups), *shape))
+            pixels = np.lib.format.open_memmap(f"{folder}/part", "w+", np.uint8, (len(groups), *shape))
             print(f"decoding {len(groups)} images to {path}, {pixels.nbytes >> 20} MiB")
             for i, image in enumerate(tqdm(pool.map(read, groups), total=len(groups), delay=1, file=sys.stdout)):
                 pixels[i] = image
-            os.replace(f"{path}.part", path)
+            os.replace(f"{folder}/part", path)
     pixels = torch.from_numpy(np.load(path, mmap_mode="c"))
     fits = "cuda" in args.device and pixels.nbytes < torch.cuda.mem_get_info(args.device)[0] // 4
     return pixels.to(args.device) if fits else pixels

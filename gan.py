@@ -72,7 +72,9 @@ SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if 
 
 def get_args(argv=None):
     """Options from `argv` or the command line. The defaults are the authors', or those of the named set."""
-    parser = argparse.ArgumentParser(usage="%(prog)s [options]", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s [options]", description=__doc__.partition("\n")[0], allow_abbrev=False
+    )
     parser.formatter_class = functools.partial(argparse.ArgumentDefaultsHelpFormatter, width=120, max_help_position=36)
     add = parser.add_argument_group("data").add_argument
     add("--data", default="toy", help=f"a folder of images, or one of {', '.join(SETS)}")
@@ -412,13 +414,14 @@ def load_generator(run, device="cpu"):
 
 def sample(args):
     """Draw --sample images with a trained G, and beside their folder a walk. Returns the folder."""
+    check_settings(args, use=True)
     G, to = load_generator(args.out, args.device), args.to or args.out / "sampled"
     args.net, args.nz = G.settings.net, G.settings.nz
     torch.manual_seed(args.seed)
     for i, image in enumerate(draw(args, G, draw_z(args, args.sample))):
         atomic_write(to / f"{i:05}.png", to_pil_image(image).save)
     save_walk(args, G, draw_z(args, 16), to.with_name(f"{to.name}-walk.png"))
-    print(f"{args.sample} images are drawn into {to}, and a walk between codes into {to.name}-walk.png beside it")
+    print(f"{args.sample} images are drawn into {to}, which has {len([*to.iterdir()])} now; a walk is beside it")
     return to
 
 
@@ -467,16 +470,16 @@ def check_args(args, may_be_zero):
         args.precision = "bf16" if any(map(units.get, ("avx512_bf16", "amx_bf16", "cuda"))) else "fp32"
 
 
-def check_settings(args):
-    """Compare the settings with those of the run that is to be resumed: what is FIXED may not change."""
+def check_settings(args, use=False):
+    """Compare the settings with those of the run: to resume it, what is FIXED may not change; to `use` it, it may."""
     resumed = not args.fresh and (args.out / "last.pt").exists()
     saved = load_checkpoint(args.out)["settings"] if resumed else {}
     changed = {name: value for name, value in saved.items() if name in args and value != getattr(args, name)}
     fixed = [f"--{name} {value}".replace("_", "-") for name, value in changed.items() if name in FIXED]
     if fixed:
-        options = ", ".join(fixed).replace("--source", "--from")
-        fail(f"{args.out} was trained with {options}: repeat that, give another --out, or delete it with --fresh")
-    for name, value in changed.items():
+        sentence = f"{args.out} was trained with {', '.join(fixed)}".replace("--source", "--from")
+        print(sentence) if use else fail(f"{sentence}: repeat that, give another --out, or delete it with --fresh")
+    for name, value in () if use else changed.items():
         print(f"{args.out}: {name.replace('_', '-')} was {value}, is {getattr(args, name)}")
 
 

@@ -179,7 +179,7 @@ def test_bad_image(row, tmp_path):
         assert_refused(run_main(row, *flags, "--size", 64, "--load-size", 64), "--size")
     victim.write_bytes(b"no image")
     assert_refused(run_main(row, *flags), str(victim.relative_to(tmp_path)))
-    assert not [*tmp_path.rglob("last.pt")]
+    assert not [*tmp_path.rglob("last.pt")] and not [*tmp_path.glob("data/cache/**/*part*")]
 
 
 def test_sides_and_places(tmp_path):
