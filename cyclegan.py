@@ -23,6 +23,7 @@ import contextlib
 import functools
 import glob
 import hashlib
+import inspect
 import itertools
 import json
 import math
@@ -51,7 +52,7 @@ from tqdm import tqdm
 METHOD, SCRIPT = "cyclegan", Path(__file__).stem
 SETS = {  # the named sets, and which defaults each changes
     "toy": dict(size=64, load_size=64, blocks=3, ngf=16, ndf=32, n_layers=2)
-    | dict(lambda_cycle=5.0, epochs=8, decay_epochs=4, save_every=600),
+    | dict(lambda_cycle=5.0, epochs=8, save_every=600),
     **dict.fromkeys("horse2zebra apple2orange summer2winter_yosemite iphone2dslr_flower maps facades".split(), {}),
     **dict.fromkeys("monet2photo cezanne2photo ukiyoe2photo vangogh2photo".split(), {}),
 }
@@ -60,16 +61,18 @@ WAYS = {"AtoB": ("G", "F"), "BtoA": ("F", "G")}  # there, and back
 FIXED = "white size load_size no_mirror blocks ngf ndf n_layers terms lambda_cycle lambda_identity pool seed".split()
 LAYOUTS = "give folders named A and B, or images with A and B side by side, all of it in train and test if you like"
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+SPLITS = {"train": "train", "val": "val", "eval": "val", "dev": "val", "test": "test"}
+SPLIT = (
+    r"(?i)(?<![^/])(train|val|eval|dev|test)(?:ing|id|idation|uation|\d+)?[_-]?(?:set|images|data)?[_-]?((?-i:[AB])?)/"
+)
 MODES = "1 L LA P PA RGB RGBA CMYK I;16 I;16B".split()  # the modes of Pillow that read_image takes
-SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
 
 
 def get_args(argv=None):
     """Options from `argv` or the command line. The defaults are the paper's, or those of the named set."""
-    parser = argparse.ArgumentParser(
-        usage="%(prog)s [options]", description=__doc__.partition("\n")[0], allow_abbrev=False
-    )
+    parser = argparse.ArgumentParser(usage="%(prog)s [options]", allow_abbrev=False, add_help=False)
+    parser.description = __doc__.partition("\n")[0]
     parser.formatter_class = functools.partial(argparse.ArgumentDefaultsHelpFormatter, width=120, max_help_position=36)
     add = parser.add_argument_group("data").add_argument
     add("--data", default="toy", help=f"a folder of images of two kinds, or one of {', '.join(SETS)}")
@@ -89,7 +92,7 @@ def get_args(argv=None):
     add("--n-layers", type=int, default=3, help="strided layers of D_X and D_Y: 3 see 70 pixels")
     add = parser.add_argument_group("training").add_argument
     add("--epochs", type=int, default=200, help="passes over the larger side")
-    add("--decay-epochs", type=int, default=100, help="last epochs, in which the rate falls to 0")
+    add("--decay-epochs", type=int, help="last epochs, in which the rate falls to 0; None: half of them")
     add("--batch-size", type=int, default=1, help="images of each side, over all processes")
     add("--lr", type=float, default=2e-4, help="learning rate of Adam")
     add("--seed", type=int, default=0, help="of weights, order, crops and pools")
@@ -97,27 +100,32 @@ def get_args(argv=None):
     add("--init", type=Path, metavar="RUN", help="start from the weights of another run (fine-tuning)")
     add("--max-steps", type=int, help="stop after this many updates in all")
     add("--save-every", type=int, help="updates between checkpoints; None: ten minutes")
-    add("--fresh", action="store_true", help="delete checkpoint, log and samples")
+    add("--fresh", action="store_true", help="start anew: delete checkpoint, log and pictures")
     add("--device", help="cpu, cuda, cuda:1, mps, ...; None: the accelerator, if there is one")
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 where the device has it")
-    add("--no-capture", action="store_true", help="on CUDA: no CUDA graph")
+    add("--no-capture", action="store_true", help="do not use a CUDA graph")
     add = parser.add_argument_group("use of a trained model").add_argument
     add("--translate", type=Path, metavar="PATH", help="use G or F on an image or a folder")
     add("--direction", choices=WAYS, default="AtoB", help="of --translate: G is AtoB, F is BtoA")
-    add("--to", type=Path, help="folder for translations; None: OUT/translated")
-    data = parser.parse_known_args(argv)[0].data
+    add("--to", type=Path, help="folder for translations; None: OUT/DIRECTION")
+    data = parser.parse_known_args(argv)[0].data  # first, as the other defaults depend on it
     data = f"./{data}" if data in SETS and Path(data).is_dir() else data  # a folder that is there comes first
     parser.set_defaults(**SETS.get(data, {}))
+    parser.add_argument("-h", "--help", action="help", help="show this; defaults are those of --data")
     args = parser.parse_args(argv)
     args.data, args.load_size = data, args.load_size or args.size * 286 // 256
     if args.blocks is None:
         args.blocks = 9 if args.size >= 256 else 6
+    if args.decay_epochs is None:
+        args.decay_epochs = args.epochs // 2
     check_args(args, may_be_zero=("lambda_identity", "pool", "decay_epochs", "lr", "seed"))
     least = max(16, 3 << args.n_layers)
     if args.size % 4 or not least <= args.size <= args.load_size:
         fail(
             f"--size {args.size} with --n-layers {args.n_layers}: give a multiple of 4 from {least} to {args.load_size}"
         )
+    if args.to and not args.translate:
+        fail("--to needs --translate")
     return args
 
 
@@ -286,24 +294,20 @@ def train(args):
     state = build(args)
     init_distributed(args, state)
     (xs, ys), tests, names = load_sides(args)
-    run = Run(args, state, args.epochs * max(len(xs), len(ys)))
+    run = Run(args, state)
     update, loader = capture(make_step(args, state), args), batches(args, xs, ys, run.images_seen)
-    for step in range(run.start_step + 1, run.last_step + 1):
+    for step in run.steps(args.epochs * max(len(xs), len(ys)), args.batch_size):
         epoch, x, y = next(loader)
         decay = max(0, epoch - args.epochs + args.decay_epochs) / (args.decay_epochs + 1)
         for name in ("opt_G", "opt_D"):
             state[name].param_groups[0]["lr"].fill_(args.lr * (1 - decay))
         set_seed(args, step)  # of the pools
         losses = update(x, y)
-        if run.report(step, epoch, losses):  # it is time to save
+        if run.report(epoch, losses):  # it is time to save
             save_tests(args, state, [side[:4] for side in tests], names, step)
-            run.save_checkpoint(step)
-        if run.should_stop:
-            break
-    del update  # NCCL waits for the end of a CUDA graph before it lets the process group go
-    run.close()
+            run.save_checkpoint()
     if RANK == 0:
-        save_tests(args, state, tests, names, run.last_step)
+        save_tests(args, state, tests, names, run.step)
     return args.out
 
 
@@ -311,7 +315,7 @@ def train(args):
 
 
 def streets(count, seed, size=64):
-    """Toy maps and photos, uint8 (N, 3, size, size), and the class ids (N, size, size) behind them.
+    """Toy maps and photos, uint8 (N, 3, size, size), and class ids (N, size, size): what is where in both.
 
     Ids are ground, houses (square), parks (round), streets and a river. Photos tell the first three by their texture.
     """
@@ -358,6 +362,9 @@ def load_sides(args):
         if set(sides) not in ({"A", "B"}, {""}) and (sides or split == "train"):
             fail(f"{args.data} has {split} images in {[*sides]}; {LAYOUTS}")
     train, test = splits["train"], splits["test"] or splits["val"]
+    stems = {file.stem for (file,) in train.get("", [])}
+    if any(re.sub("A$", "B", stem) in stems - {stem} for stem in stems):
+        fail(f"{args.data} has images in two files, NAME_A and NAME_B; {LAYOUTS}")
     counts = [f"{len(files)} {split}{side}" for split, sides in splits.items() for side, files in sides.items()]
     print(f"{args.data}: {', '.join(counts)} images{'' if test else ', up to 16 of each side for the test too'}")
     test, loaded = test or {side: files[:16] for side, files in train.items()}, []
@@ -440,10 +447,10 @@ def load_generator(run, device="cpu", direction="AtoB"):
 def translate(args):
     """Translate --translate, an image or a folder, of any size, with a trained G. Returns the folder of the results."""
     check_settings(args, use=True)
-    G, to, errors = load_generator(args.out, args.device, args.direction), args.to or args.out / "translated", []
+    G, to, errors = load_generator(args.out, args.device, args.direction), args.to or args.out / args.direction, []
     found = find_images(args.translate) if args.translate.is_dir() else [("", "", args.translate)]
     targets = [to / folder / f"{file.stem}.png" for _, folder, file in found]
-    if len({path.resolve() for path in (*targets, *(file for *_, file in found))}) < 2 * len(found):
+    if len({*targets}) < len(found) or to.resolve() in {file.resolve().parent for *_, file in found}:
         fail(f"translations would overwrite images of {args.translate} or one another: choose another --to or names")
     for (*_, file), target in zip(found, targets):
         try:
@@ -485,7 +492,7 @@ def atomic_write(path, write):
 
 def check_args(args, may_be_zero):
     """Check --data and the numbers; choose the run folder, the device and the precision."""
-    if args.data not in SETS and not Path(args.data).is_dir():
+    if args.data not in SETS and not os.path.isdir(args.data):
         fail(f"--data {args.data} is neither a folder nor one of {', '.join(SETS)}")
     for name, value in vars(args).items():
         if type(value) in (int, float) and not (0 < value < math.inf or value == 0 and name in may_be_zero):
@@ -510,103 +517,102 @@ def check_settings(args, use=False):
     resumed = not args.fresh and (args.out / "last.pt").exists()
     saved = load_checkpoint(args.out)["settings"] if resumed else {}
     changed = {name: value for name, value in saved.items() if name in args and value != getattr(args, name)}
+    changed.pop("seed" if use else "", None)  # it may be another then
     fixed = [f"--{name} {value}".replace("_", "-") for name, value in changed.items() if name in FIXED]
+    options = re.sub(r"(\S+) (None|False)\b", r"no \1", ", ".join(fixed).replace("--source", "--from"))
+    if fixed and not use:
+        fail(f"{args.out} was trained with {options}: repeat that, give another --out, or delete it with --fresh")
     if fixed:
-        sentence = f"{args.out} was trained with {', '.join(fixed)}".replace("--source", "--from")
-        print(sentence) if use else fail(f"{sentence}: repeat that, give another --out, or delete it with --fresh")
-    for name, value in () if use else changed.items():
+        print(f"{args.out} was trained with {options}, and is used so")
+    for name, value in [item for item in changed.items() if type(item[1]) in (int, float, str) and not use]:
         print(f"{args.out}: {name.replace('_', '-')} was {value}, is {getattr(args, name)}")
 
 
 class Run:
     """The run folder: resumes and saves `state`, logs, and stops on a signal. One process owns it at a time."""
 
-    def __init__(self, args, state, images):
-        """Resume from last.pt if it is there. `images`: how many the whole run shows, repeats counted."""
+    def __init__(self, args, state):
+        """Resume from last.pt if it is there; or else start, from the networks of --init if it is given."""
         self.args, self.state, self.log, last = args, state, args.out / "log.jsonl", args.out / "last.pt"
-        self.signal, self.should_stop, self.start_step, self.images_seen = 0, 0, 0, 0
-        self.batch = args.batch_size * vars(args).get("k", 1)  # images in a step; k is an option of other scripts
         self.settings = {name: value for name, value in vars(args).items() if not isinstance(value, Path)}
-        self.lock = FileLock(args.out / ".lock")
+        self.lock, self.signals, self.should_stop = FileLock(args.out / ".lock"), [], 0
         with explain_errors(f"{args.out} is in use by another process"):
             self.lock.acquire(timeout=0)
-        for old in [last, *args.out.glob("samples/*.png")] if args.fresh else []:
+        saved = {"settings": self.settings, "step": 0, "images_seen": 0, "log_size": 0}
+        if args.init:
+            saved = load_checkpoint(args.init) | saved
+        for old in [last, *args.out.glob("samples/*.png"), *args.out.glob("test/**/*.png")] if args.fresh else []:
             old.unlink(missing_ok=True)
-        saved = [load_checkpoint(args.out) if last.exists() else {}]
+        found = [load_checkpoint(args.out) if last.exists() else saved]
         if WORLD > 1:  # the first process has the file
-            dist.broadcast_object_list(saved)
+            dist.broadcast_object_list(found)
+        saved = found[0]
+        with explain_errors(f"{last if last.exists() else args.init or last} has other networks, or is damaged"):
+            if saved["settings"].get("images") != self.settings.get("images"):
+                fail(f"{args.out} has learned from other images: give those, or --fresh, or another --out")
+            self.step, self.images_seen, self.log_size = saved["step"], saved["images_seen"], saved["log_size"]
+            networks = [name for name in state if args.init and not name.startswith(("opt", "pool"))]
+            for name in state if self.step else networks:
+                if name.startswith("opt"):  # with the current rate and device
+                    saved[name]["param_groups"] = state[name].state_dict()["param_groups"]
+                state[name].load_state_dict(saved[name])
+
+    def steps(self, images, batch):
+        """Yields the steps, each of a `batch`, until all `images` are seen. A signal ends them, and then the script."""
+        args, self.start, self.batch = self.args, self.step, batch
+        goal = self.start + max(0, math.ceil((images - self.images_seen) / batch))
+        self.last_step = max(self.start, min(goal, args.max_steps or goal))
         with open(self.log, "a") as log:
-            log.truncate(min(log.tell(), saved[0].get("log_size", 0)))
-        if saved[0]:
-            with explain_errors(f"{last} is damaged; --fresh starts over"):
-                self.resume(saved[0])
-        elif args.init:
-            with explain_errors(f"--init {args.init} has other networks: repeat their options"):
-                for name in [name for name in state if not name.startswith(("opt", "pool"))]:
-                    state[name].load_state_dict(load_checkpoint(args.init)[name])
-        self.goal = self.start_step + max(0, math.ceil((images - self.images_seen) / self.batch))
-        self.last_step = max(self.start_step, min(self.goal, args.max_steps or self.goal))
-        (args.out / "config.json").write_text(json.dumps(self.settings | {"torch": torch.__version__}, indent=2))
-        begin = "resuming" if saved[0] else "starting"
-        print(f"{begin} {args.out} at step {self.start_step} of {self.goal}, {args.device}, {args.precision}")
-        numbers = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # as nohup sets it
-        self.handlers = {number: signal.signal(number, self.on_signal) for number in numbers}
-        self.step, self.begun, self.last_save = self.start_step, time.monotonic(), time.monotonic()
-        self.bar = tqdm(initial=self.start_step, total=self.last_step, delay=1, mininterval=2, file=sys.stdout)
+            log.truncate(min(log.tell(), self.log_size))
+        begin = "resuming" if self.start else "starting"
+        print(f"{begin} {args.out} at step {self.start} of {goal}, {args.device}, {args.precision}")
+        stops = [each for each in signal.Signals if each.name in ("SIGINT", "SIGTERM", "SIGHUP")]
+        stops = [each for each in stops if signal.getsignal(each) != signal.SIG_IGN]  # as nohup sets it
+        handlers = {each: signal.signal(each, lambda each, frame: self.signals.append(each)) for each in stops}
+        self.bar = tqdm(initial=self.start, total=self.last_step, delay=1, mininterval=2, file=sys.stdout)
+        self.start_time = self.last_save = self.last_report = time.monotonic()
+        while self.step < self.last_step and not self.should_stop:
+            self.step, self.images_seen = self.step + 1, self.images_seen + batch
+            yield self.step
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        self.lock.release()
+        with contextlib.suppress(OSError):
+            self.bar.close()
+            done = "finished" if self.step == goal else "saved"
+            print(f"{args.out} is {done} at step {self.step} of {goal}; pictures are in its samples/")
+        if self.should_stop:
+            sys.exit(128 + self.should_stop)
 
-    def on_signal(self, number, frame):
-        self.signal = number
-
-    def resume(self, saved):
-        """Go on from a checkpoint of the same images."""
-        if saved["settings"].get("images") != self.settings.get("images"):
-            fail(f"{self.args.out} has learned from other images: give those, or --fresh, or another --out")
-        self.start_step, self.images_seen = saved["step"], saved["images_seen"]
-        for name, part in self.state.items():
-            if name.startswith("opt"):  # with the current rate and device
-                saved[name]["param_groups"] = part.state_dict()["param_groups"]
-            part.load_state_dict(saved[name])
-
-    def report(self, step, epoch, losses):
-        """Count the step, log the losses every two seconds, set should_stop after a signal. Returns whether to save."""
-        args, number, now = self.args, torch.tensor(self.signal), time.monotonic()
+    def report(self, epoch, losses):
+        """Log the losses every two seconds, set should_stop after a signal. Returns whether to save now."""
+        args, number, now = self.args, torch.tensor(max(self.signals, default=0)), time.monotonic()
         if WORLD > 1:  # all processes stop at the same step
             dist.all_reduce(number, dist.ReduceOp.MAX)
-        self.step, self.should_stop, self.images_seen = step, number.item(), self.images_seen + self.batch
-        due = step % args.save_every == 0 if args.save_every else now - self.last_save > 600
-        save, shown = due or self.should_stop or step == self.last_step, False
+        self.should_stop = number.item()
+        due = self.step % args.save_every == 0 if args.save_every else now - self.last_save > 600
+        save = due or self.should_stop or self.step == self.last_step
         with contextlib.suppress(OSError):  # a terminal or pipe may be closed
-            shown = self.bar.update()
-        if shown or save:
+            self.bar.update()
+        if save or now - self.last_report > 2:
+            self.last_report = now
             losses = {name: loss.item() for name, loss in losses.items()}  # waits for the device
             if not all(map(math.isfinite, losses.values())):
-                fail(f"a loss is not finite at step {step}: {losses}; last.pt is kept; try a lower --lr")
-            rate = (step - self.start_step) * self.batch / (now - self.begun)
+                fail(f"a loss is not finite at step {self.step}: {losses}; last.pt is kept; try a lower --lr")
+            rate = (self.step - self.start) * self.batch / (now - self.start_time)
             with open(self.log, "a") as log:
-                log.write(json.dumps({"step": step, "epoch": epoch, **losses, "images_per_s": rate}) + "\n")
+                log.write(json.dumps({"step": self.step, "epoch": epoch, **losses, "images_per_s": rate}) + "\n")
             self.bar.set_postfix(losses, images_per_s=rate, refresh=False)
         return save and RANK == 0
 
-    def save_checkpoint(self, step):
+    def save_checkpoint(self):
         checkpoint = {name: part.state_dict() for name, part in self.state.items()}
-        checkpoint |= {"script": METHOD, "settings": self.settings, "step": step, "images_seen": self.images_seen}
+        checkpoint |= {"script": METHOD, "settings": self.settings, "step": self.step, "images_seen": self.images_seen}
         checkpoint["log_size"] = self.log.stat().st_size
         atomic_write(self.args.out / "last.pt", lambda part: torch.save(checkpoint, part))
+        config = json.dumps(self.settings | {"torch": torch.__version__}, indent=2)
+        atomic_write(self.args.out / "config.json", lambda part: part.write_text(config))
         self.last_save = time.monotonic()
-
-    def close(self):
-        """Leave the run folder, and the script if it got a signal."""
-        self.lock.release()
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
-        if WORLD > 1:
-            dist.destroy_process_group()
-        with contextlib.suppress(OSError):
-            self.bar.close()
-            done = "finished" if self.step == self.goal else "saved"
-            print(f"{self.args.out} is {done} at step {self.step} of {self.goal}; pictures are in its samples/")
-        if self.should_stop:
-            sys.exit(128 + self.should_stop)
 
 
 def set_seed(args, step):
@@ -672,17 +678,18 @@ def capture(step, args):
 
 def find_images(folder, others=()):
     """[(split, folders, file)] of all images below `folder`; the split is train, val or test if a folder says so."""
-    names = sorted(glob.glob("**/*.*", root_dir=folder, recursive=True))  # follows links, leaves out hidden files
-    runs = tuple(name.removesuffix("log.jsonl") for name in names if name.endswith("/log.jsonl"))
-    names, found = [name for name in names if not name.startswith(runs)], []
-    images = [name for name in names if name.lower().endswith(IMAGES)]
-    left_out = len([name for name in names if not name.lower().endswith((*IMAGES, *others))])
+    found, names = [], sorted(glob.glob("**/*", root_dir=folder, recursive=True))  # links too, hidden files not
+    runs = tuple(name[:-11] for name in names if name.endswith("/config.json") and f"{name[:-11]}log.jsonl" in names)
+    names = [name for name in names if not name.startswith(runs) and not os.path.isdir(Path(folder, name))]
+    images = [name for name in names if name.lower().endswith(IMAGES) and os.path.exists(Path(folder, name))]
+    left_out = len([name for name in {*names} - {*images} if not name.endswith(others)])
     if left_out:
-        print(f"{folder}: files with other endings are left out: {left_out}")
+        print(f"{folder}: files with other endings, or broken links, are left out: {left_out}")
     for name in images:
-        *parts, _ = re.sub(r"\b(train|test|val)(id|idation)?[_-]?([AB]?)/", r"\1/\3/", name).split("/")
-        split = next((part for part in parts if part in ("train", "val", "test")), "train")
-        found.append((split, "/".join(part for part in parts if part not in ("", split)), Path(folder, name)))
+        *parts, _ = re.sub(SPLIT, r"\1/\2/", name).split("/")
+        split = next((part for part in parts if part.lower() in SPLITS), "train")
+        parts = [part for part in parts if part not in ("", split)]
+        found.append((SPLITS[split.lower()], "/".join(parts), Path(folder, name)))
     return found or fail(f"{folder} has no images ({', '.join(IMAGES)})")
 
 
@@ -690,8 +697,9 @@ def read_image(file, white=65535):
     """An image as RGB with 8 bits, upright, transparent pixels on white. `white` is the brightest of 16 bits."""
     with explain_errors(f"{file} cannot be used as an image"), Image.open(file) as image:
         more_bands = 0 in getattr(image, "tag_v2", {}).get(338, ())  # of a TIFF, and not alpha
+        more_bands |= ";16" in str(image.tile) and not image.mode.startswith("I;16")  # Pillow gives 8 of 16 bits
         if image.mode not in MODES or more_bands or getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
-            raise ValueError(f"mode {image.mode}; give 8 or 16 bits, gray or RGB, one page")
+            raise ValueError(f"mode {image.mode}; give 8 bits, or 16 bits in gray, one page")
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I;16"):
             image = Image.fromarray(np.uint8(np.minimum(np.asarray(image, np.uint32), white) * 255 // white))
@@ -713,7 +721,8 @@ def save_grid(path, images, titles):
 def cache_images(args, groups, read, shape):
     """read(group) of all groups, tuples of files, as uint8 (N, *shape): done once and kept in --data-root/cache."""
     facts = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for group in groups for file in group]
-    facts += [shape, args.size, args.white, vars(args).get("source")]
+    facts += [shape, args.size, args.white, vars(args).get("source"), inspect.getsource(read_image)]
+    facts += [inspect.getsource(getattr(read, "func", read))]  # func, if it is a partial
     key = hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
     path = args.data_root / "cache" / f"{METHOD}-{key}.npy"
     with FileLock(f"{path}.lock"), ThreadPoolExecutor() as pool, TemporaryDirectory(dir=path.parent) as folder:
@@ -735,4 +744,9 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:  # while nothing is trained
+        sys.exit(130)
+    if WORLD > 1:
+        dist.destroy_process_group()

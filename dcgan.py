@@ -25,6 +25,7 @@ import functools
 import glob
 import hashlib
 import importlib.util
+import inspect
 import itertools
 import json
 import math
@@ -66,20 +67,22 @@ READERS = {  # torchvision's class for each, the package that it needs, and a fi
     "celeba": (datasets.CelebA, "gdown", "celeba/list_eval_partition.txt"),
     "lsun": (datasets.LSUN, "lmdb", "bedroom_train_lmdb/data.mdb"),
 }
-COLUMNS = ["0, 10, 20, ...", *"123456789"]  # the numbers of samples, for --arithmetic and --turn
+COLUMNS = ["sample 0, 10, ...", *"123456789"]  # the numbers of samples, for --arithmetic and --turn
 CRITICS = {"wgan": dict(k=5, lr=5e-5), "wgan-gp": dict(k=5, lr=1e-4)}  # losses, and which defaults each changes
 FIXED = "white size channels kernel nz ngf ndf loss k seed".split()
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+SPLITS = {"train": "train", "val": "val", "eval": "val", "dev": "val", "test": "test"}
+SPLIT = (
+    r"(?i)(?<![^/])(train|val|eval|dev|test)(?:ing|id|idation|uation|\d+)?[_-]?(?:set|images|data)?[_-]?((?-i:[AB])?)/"
+)
 MODES = "1 L LA P PA RGB RGBA CMYK I;16 I;16B".split()  # the modes of Pillow that read_image takes
-SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
 
 
 def get_args(argv=None):
     """Options from `argv` or the command line. The defaults are the paper's, or those of the named set and the loss."""
-    parser = argparse.ArgumentParser(
-        usage="%(prog)s [options]", description=__doc__.partition("\n")[0], allow_abbrev=False
-    )
+    parser = argparse.ArgumentParser(usage="%(prog)s [options]", allow_abbrev=False, add_help=False)
+    parser.description = __doc__.partition("\n")[0]
     parser.formatter_class = functools.partial(argparse.ArgumentDefaultsHelpFormatter, width=120, max_help_position=36)
     add = parser.add_argument_group("data").add_argument
     needs = "; ".join(f"{name} needs {package}" for name, (_, package, _) in READERS.items() if package)
@@ -104,10 +107,10 @@ def get_args(argv=None):
     add("--init", type=Path, metavar="RUN", help="start from the weights of another run (fine-tuning)")
     add("--max-steps", type=int, help="stop after this many updates in all")
     add("--save-every", type=int, help="updates between checkpoints; None: ten minutes")
-    add("--fresh", action="store_true", help="delete checkpoint, log and samples")
+    add("--fresh", action="store_true", help="start anew: delete checkpoint, log and pictures")
     add("--device", help="cpu, cuda, cuda:1, mps, ...; None: the accelerator, if there is one")
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 where the device has it")
-    add("--no-capture", action="store_true", help="on CUDA: no CUDA graph")
+    add("--no-capture", action="store_true", help="do not use a CUDA graph")
     add = parser.add_argument_group("use of a trained model").add_argument
     add("--sample", type=int, metavar="N", help="make N images, a sheet with their numbers, a walk")
     add("--arithmetic", metavar="SUM", help="of means of samples by number, '3,7,12 - 5,8,9 + 1,2,4' (Fig. 7)")
@@ -116,12 +119,15 @@ def get_args(argv=None):
     given = parser.parse_known_args(argv)[0]
     data = f"./{given.data}" if given.data in SETS and Path(given.data).is_dir() else given.data  # a folder comes first
     parser.set_defaults(**SETS.get(data, {}), **CRITICS.get(given.loss, {}))
+    parser.add_argument("-h", "--help", action="help", help="show this; defaults are those of --data")
     args = parser.parse_args(argv)
     args.data = data
     check_args(args, may_be_zero=("lr", "seed"))
     for terms in (args.arithmetic, args.turn):
         if terms and not re.fullmatch(r" *\d{1,5}( *[-+,] *\d{1,5})* *", terms):
             fail(f"{terms}: give a sum of sample numbers, like '3,7,12 - 5,8,9 + 1,2,4'")
+    if args.to and not (args.sample or args.arithmetic or args.turn):
+        fail("--to needs --sample, --arithmetic or --turn")
     return args
 
 
@@ -253,20 +259,16 @@ def train(args):
     state = build(args)
     init_distributed(args, state)
     images = load_images(args)
-    run = Run(args, state, args.epochs * len(images))
+    run = Run(args, state)
     update, loader = capture(make_step(args, state), args), batches(args, images, run.images_seen)
-    for step in range(run.start_step + 1, run.last_step + 1):
+    for step in run.steps(args.epochs * len(images), args.k * args.batch_size):
         epoch, x = next(loader)
         set_seed(args, step)  # of z
         losses = update(x)
-        if run.report(step, epoch, losses):  # it is time to save
+        if run.report(epoch, losses):  # it is time to save
             fakes = draw(args, state["G"], codes(args, args.seed, 100))
             save_grid(args.out / "samples" / f"{step:07}.png", fakes, COLUMNS)
-            run.save_checkpoint(step)
-        if run.should_stop:
-            break
-    del update  # NCCL waits for the end of a CUDA graph before it lets the process group go
-    run.close()
+            run.save_checkpoint()
     return args.out
 
 
@@ -311,7 +313,9 @@ def load_images(args):
         groups = [{file: None} for split, _, file in found if split == "train"]
         sizes = [(file.name, file.stat().st_size) for group in groups for file in group]
         args.images = hashlib.sha256(repr(sizes).encode()).hexdigest()[:12]  # a run belongs to its images
-        print(f"{args.data}: {len(groups)} training images, {len(found) - len(groups)} others; middle squares are used")
+        print(
+            f"{args.data}: {len(groups)} training images, {len(found) - len(groups)} others; squares of --size are used"
+        )
         if not groups:
             fail(f"{args.data} has no training images")
 
@@ -392,7 +396,7 @@ def sample(args):
         print(f"{args.sample} images are drawn into {to}, which has {len([*to.iterdir()])} now")
         save_grid(to.with_name(f"{to.name}-sheet.png"), images[:100], COLUMNS)
         save_grid(
-            to.with_name(f"{to.name}-walk.png"), draw_lines(args, G, z[:-1], z[1:]), ["z", *[""] * 7, "z'"]
+            to.with_name(f"{to.name}-walk.png"), draw_lines(args, G, z[:-1], z[1:]), ["G(z)", *[""] * 7, "G(z')"]
         )  # Fig. 4
     if args.arithmetic:  # the sum among eight neighbours, then its terms (Fig. 7)
         z, signs = means(args, args.seed, args.arithmetic)
@@ -437,7 +441,7 @@ def atomic_write(path, write):
 
 def check_args(args, may_be_zero):
     """Check --data and the numbers; choose the run folder, the device and the precision."""
-    if args.data not in SETS and not Path(args.data).is_dir():
+    if args.data not in SETS and not os.path.isdir(args.data):
         fail(f"--data {args.data} is neither a folder nor one of {', '.join(SETS)}")
     for name, value in vars(args).items():
         if type(value) in (int, float) and not (0 < value < math.inf or value == 0 and name in may_be_zero):
@@ -462,103 +466,102 @@ def check_settings(args, use=False):
     resumed = not args.fresh and (args.out / "last.pt").exists()
     saved = load_checkpoint(args.out)["settings"] if resumed else {}
     changed = {name: value for name, value in saved.items() if name in args and value != getattr(args, name)}
+    changed.pop("seed" if use else "", None)  # it may be another then
     fixed = [f"--{name} {value}".replace("_", "-") for name, value in changed.items() if name in FIXED]
+    options = re.sub(r"(\S+) (None|False)\b", r"no \1", ", ".join(fixed).replace("--source", "--from"))
+    if fixed and not use:
+        fail(f"{args.out} was trained with {options}: repeat that, give another --out, or delete it with --fresh")
     if fixed:
-        sentence = f"{args.out} was trained with {', '.join(fixed)}".replace("--source", "--from")
-        print(sentence) if use else fail(f"{sentence}: repeat that, give another --out, or delete it with --fresh")
-    for name, value in () if use else changed.items():
+        print(f"{args.out} was trained with {options}, and is used so")
+    for name, value in [item for item in changed.items() if type(item[1]) in (int, float, str) and not use]:
         print(f"{args.out}: {name.replace('_', '-')} was {value}, is {getattr(args, name)}")
 
 
 class Run:
     """The run folder: resumes and saves `state`, logs, and stops on a signal. One process owns it at a time."""
 
-    def __init__(self, args, state, images):
-        """Resume from last.pt if it is there. `images`: how many the whole run shows, repeats counted."""
+    def __init__(self, args, state):
+        """Resume from last.pt if it is there; or else start, from the networks of --init if it is given."""
         self.args, self.state, self.log, last = args, state, args.out / "log.jsonl", args.out / "last.pt"
-        self.signal, self.should_stop, self.start_step, self.images_seen = 0, 0, 0, 0
-        self.batch = args.batch_size * vars(args).get("k", 1)  # images in a step; k is an option of other scripts
         self.settings = {name: value for name, value in vars(args).items() if not isinstance(value, Path)}
-        self.lock = FileLock(args.out / ".lock")
+        self.lock, self.signals, self.should_stop = FileLock(args.out / ".lock"), [], 0
         with explain_errors(f"{args.out} is in use by another process"):
             self.lock.acquire(timeout=0)
-        for old in [last, *args.out.glob("samples/*.png")] if args.fresh else []:
+        saved = {"settings": self.settings, "step": 0, "images_seen": 0, "log_size": 0}
+        if args.init:
+            saved = load_checkpoint(args.init) | saved
+        for old in [last, *args.out.glob("samples/*.png"), *args.out.glob("test/**/*.png")] if args.fresh else []:
             old.unlink(missing_ok=True)
-        saved = [load_checkpoint(args.out) if last.exists() else {}]
+        found = [load_checkpoint(args.out) if last.exists() else saved]
         if WORLD > 1:  # the first process has the file
-            dist.broadcast_object_list(saved)
+            dist.broadcast_object_list(found)
+        saved = found[0]
+        with explain_errors(f"{last if last.exists() else args.init or last} has other networks, or is damaged"):
+            if saved["settings"].get("images") != self.settings.get("images"):
+                fail(f"{args.out} has learned from other images: give those, or --fresh, or another --out")
+            self.step, self.images_seen, self.log_size = saved["step"], saved["images_seen"], saved["log_size"]
+            networks = [name for name in state if args.init and not name.startswith(("opt", "pool"))]
+            for name in state if self.step else networks:
+                if name.startswith("opt"):  # with the current rate and device
+                    saved[name]["param_groups"] = state[name].state_dict()["param_groups"]
+                state[name].load_state_dict(saved[name])
+
+    def steps(self, images, batch):
+        """Yields the steps, each of a `batch`, until all `images` are seen. A signal ends them, and then the script."""
+        args, self.start, self.batch = self.args, self.step, batch
+        goal = self.start + max(0, math.ceil((images - self.images_seen) / batch))
+        self.last_step = max(self.start, min(goal, args.max_steps or goal))
         with open(self.log, "a") as log:
-            log.truncate(min(log.tell(), saved[0].get("log_size", 0)))
-        if saved[0]:
-            with explain_errors(f"{last} is damaged; --fresh starts over"):
-                self.resume(saved[0])
-        elif args.init:
-            with explain_errors(f"--init {args.init} has other networks: repeat their options"):
-                for name in [name for name in state if not name.startswith(("opt", "pool"))]:
-                    state[name].load_state_dict(load_checkpoint(args.init)[name])
-        self.goal = self.start_step + max(0, math.ceil((images - self.images_seen) / self.batch))
-        self.last_step = max(self.start_step, min(self.goal, args.max_steps or self.goal))
-        (args.out / "config.json").write_text(json.dumps(self.settings | {"torch": torch.__version__}, indent=2))
-        begin = "resuming" if saved[0] else "starting"
-        print(f"{begin} {args.out} at step {self.start_step} of {self.goal}, {args.device}, {args.precision}")
-        numbers = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # as nohup sets it
-        self.handlers = {number: signal.signal(number, self.on_signal) for number in numbers}
-        self.step, self.begun, self.last_save = self.start_step, time.monotonic(), time.monotonic()
-        self.bar = tqdm(initial=self.start_step, total=self.last_step, delay=1, mininterval=2, file=sys.stdout)
+            log.truncate(min(log.tell(), self.log_size))
+        begin = "resuming" if self.start else "starting"
+        print(f"{begin} {args.out} at step {self.start} of {goal}, {args.device}, {args.precision}")
+        stops = [each for each in signal.Signals if each.name in ("SIGINT", "SIGTERM", "SIGHUP")]
+        stops = [each for each in stops if signal.getsignal(each) != signal.SIG_IGN]  # as nohup sets it
+        handlers = {each: signal.signal(each, lambda each, frame: self.signals.append(each)) for each in stops}
+        self.bar = tqdm(initial=self.start, total=self.last_step, delay=1, mininterval=2, file=sys.stdout)
+        self.start_time = self.last_save = self.last_report = time.monotonic()
+        while self.step < self.last_step and not self.should_stop:
+            self.step, self.images_seen = self.step + 1, self.images_seen + batch
+            yield self.step
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        self.lock.release()
+        with contextlib.suppress(OSError):
+            self.bar.close()
+            done = "finished" if self.step == goal else "saved"
+            print(f"{args.out} is {done} at step {self.step} of {goal}; pictures are in its samples/")
+        if self.should_stop:
+            sys.exit(128 + self.should_stop)
 
-    def on_signal(self, number, frame):
-        self.signal = number
-
-    def resume(self, saved):
-        """Go on from a checkpoint of the same images."""
-        if saved["settings"].get("images") != self.settings.get("images"):
-            fail(f"{self.args.out} has learned from other images: give those, or --fresh, or another --out")
-        self.start_step, self.images_seen = saved["step"], saved["images_seen"]
-        for name, part in self.state.items():
-            if name.startswith("opt"):  # with the current rate and device
-                saved[name]["param_groups"] = part.state_dict()["param_groups"]
-            part.load_state_dict(saved[name])
-
-    def report(self, step, epoch, losses):
-        """Count the step, log the losses every two seconds, set should_stop after a signal. Returns whether to save."""
-        args, number, now = self.args, torch.tensor(self.signal), time.monotonic()
+    def report(self, epoch, losses):
+        """Log the losses every two seconds, set should_stop after a signal. Returns whether to save now."""
+        args, number, now = self.args, torch.tensor(max(self.signals, default=0)), time.monotonic()
         if WORLD > 1:  # all processes stop at the same step
             dist.all_reduce(number, dist.ReduceOp.MAX)
-        self.step, self.should_stop, self.images_seen = step, number.item(), self.images_seen + self.batch
-        due = step % args.save_every == 0 if args.save_every else now - self.last_save > 600
-        save, shown = due or self.should_stop or step == self.last_step, False
+        self.should_stop = number.item()
+        due = self.step % args.save_every == 0 if args.save_every else now - self.last_save > 600
+        save = due or self.should_stop or self.step == self.last_step
         with contextlib.suppress(OSError):  # a terminal or pipe may be closed
-            shown = self.bar.update()
-        if shown or save:
+            self.bar.update()
+        if save or now - self.last_report > 2:
+            self.last_report = now
             losses = {name: loss.item() for name, loss in losses.items()}  # waits for the device
             if not all(map(math.isfinite, losses.values())):
-                fail(f"a loss is not finite at step {step}: {losses}; last.pt is kept; try a lower --lr")
-            rate = (step - self.start_step) * self.batch / (now - self.begun)
+                fail(f"a loss is not finite at step {self.step}: {losses}; last.pt is kept; try a lower --lr")
+            rate = (self.step - self.start) * self.batch / (now - self.start_time)
             with open(self.log, "a") as log:
-                log.write(json.dumps({"step": step, "epoch": epoch, **losses, "images_per_s": rate}) + "\n")
+                log.write(json.dumps({"step": self.step, "epoch": epoch, **losses, "images_per_s": rate}) + "\n")
             self.bar.set_postfix(losses, images_per_s=rate, refresh=False)
         return save and RANK == 0
 
-    def save_checkpoint(self, step):
+    def save_checkpoint(self):
         checkpoint = {name: part.state_dict() for name, part in self.state.items()}
-        checkpoint |= {"script": METHOD, "settings": self.settings, "step": step, "images_seen": self.images_seen}
+        checkpoint |= {"script": METHOD, "settings": self.settings, "step": self.step, "images_seen": self.images_seen}
         checkpoint["log_size"] = self.log.stat().st_size
         atomic_write(self.args.out / "last.pt", lambda part: torch.save(checkpoint, part))
+        config = json.dumps(self.settings | {"torch": torch.__version__}, indent=2)
+        atomic_write(self.args.out / "config.json", lambda part: part.write_text(config))
         self.last_save = time.monotonic()
-
-    def close(self):
-        """Leave the run folder, and the script if it got a signal."""
-        self.lock.release()
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
-        if WORLD > 1:
-            dist.destroy_process_group()
-        with contextlib.suppress(OSError):
-            self.bar.close()
-            done = "finished" if self.step == self.goal else "saved"
-            print(f"{self.args.out} is {done} at step {self.step} of {self.goal}; pictures are in its samples/")
-        if self.should_stop:
-            sys.exit(128 + self.should_stop)
 
 
 def set_seed(args, step):
@@ -624,17 +627,18 @@ def capture(step, args):
 
 def find_images(folder, others=()):
     """[(split, folders, file)] of all images below `folder`; the split is train, val or test if a folder says so."""
-    names = sorted(glob.glob("**/*.*", root_dir=folder, recursive=True))  # follows links, leaves out hidden files
-    runs = tuple(name.removesuffix("log.jsonl") for name in names if name.endswith("/log.jsonl"))
-    names, found = [name for name in names if not name.startswith(runs)], []
-    images = [name for name in names if name.lower().endswith(IMAGES)]
-    left_out = len([name for name in names if not name.lower().endswith((*IMAGES, *others))])
+    found, names = [], sorted(glob.glob("**/*", root_dir=folder, recursive=True))  # links too, hidden files not
+    runs = tuple(name[:-11] for name in names if name.endswith("/config.json") and f"{name[:-11]}log.jsonl" in names)
+    names = [name for name in names if not name.startswith(runs) and not os.path.isdir(Path(folder, name))]
+    images = [name for name in names if name.lower().endswith(IMAGES) and os.path.exists(Path(folder, name))]
+    left_out = len([name for name in {*names} - {*images} if not name.endswith(others)])
     if left_out:
-        print(f"{folder}: files with other endings are left out: {left_out}")
+        print(f"{folder}: files with other endings, or broken links, are left out: {left_out}")
     for name in images:
-        *parts, _ = re.sub(r"\b(train|test|val)(id|idation)?[_-]?([AB]?)/", r"\1/\3/", name).split("/")
-        split = next((part for part in parts if part in ("train", "val", "test")), "train")
-        found.append((split, "/".join(part for part in parts if part not in ("", split)), Path(folder, name)))
+        *parts, _ = re.sub(SPLIT, r"\1/\2/", name).split("/")
+        split = next((part for part in parts if part.lower() in SPLITS), "train")
+        parts = [part for part in parts if part not in ("", split)]
+        found.append((SPLITS[split.lower()], "/".join(parts), Path(folder, name)))
     return found or fail(f"{folder} has no images ({', '.join(IMAGES)})")
 
 
@@ -642,8 +646,9 @@ def read_image(file, white=65535):
     """An image as RGB with 8 bits, upright, transparent pixels on white. `white` is the brightest of 16 bits."""
     with explain_errors(f"{file} cannot be used as an image"), Image.open(file) as image:
         more_bands = 0 in getattr(image, "tag_v2", {}).get(338, ())  # of a TIFF, and not alpha
+        more_bands |= ";16" in str(image.tile) and not image.mode.startswith("I;16")  # Pillow gives 8 of 16 bits
         if image.mode not in MODES or more_bands or getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
-            raise ValueError(f"mode {image.mode}; give 8 or 16 bits, gray or RGB, one page")
+            raise ValueError(f"mode {image.mode}; give 8 bits, or 16 bits in gray, one page")
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I;16"):
             image = Image.fromarray(np.uint8(np.minimum(np.asarray(image, np.uint32), white) * 255 // white))
@@ -665,7 +670,8 @@ def save_grid(path, images, titles):
 def cache_images(args, groups, read, shape):
     """read(group) of all groups, tuples of files, as uint8 (N, *shape): done once and kept in --data-root/cache."""
     facts = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for group in groups for file in group]
-    facts += [shape, args.size, args.white, vars(args).get("source")]
+    facts += [shape, args.size, args.white, vars(args).get("source"), inspect.getsource(read_image)]
+    facts += [inspect.getsource(getattr(read, "func", read))]  # func, if it is a partial
     key = hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
     path = args.data_root / "cache" / f"{METHOD}-{key}.npy"
     with FileLock(f"{path}.lock"), ThreadPoolExecutor() as pool, TemporaryDirectory(dir=path.parent) as folder:
@@ -687,4 +693,9 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:  # while nothing is trained
+        sys.exit(130)
+    if WORLD > 1:
+        dist.destroy_process_group()

@@ -5,24 +5,24 @@
 """pix2pix: a conditional GAN that translates images, learned from pairs of input and output.
 
 Isola, Zhu, Zhou, Efros: Image-to-Image Translation with Conditional Adversarial Networks. CVPR 2017, arXiv:1611.07004.
-G translates an input x to G(x). D looks at x and an output, patch by patch, and tells a real y from G(x):
+G translates x to G(x), with dropout as noise. D looks at x and an output, patch by patch, and tells y from G(x):
     G* = arg min_G max_D  E[log D(x, y)] + E[log(1 - D(x, G(x)))] + lambda E|y - G(x)|          (Eq. 4)
 
     python pix2pix.py                                          # train on toy streets, drawn here: minutes on a CPU
     python pix2pix.py --data facades                           # download and train; stop it, repeat this to resume
     python pix2pix.py --data facades --translate labels.png    # use what was trained, on an image or a folder
 
-Departures: one pass of G and D serves both losses, then both step (the authors' Torch code steps D first, then sends
-G's gradient through the new D). G's innermost 1x1 map has no norm, as in their later code: batch norm would erase it.
+Departures: D and G both step after one pass, which they share. The authors' Torch code steps D first, then sends G's
+gradient through the new D. G's innermost 1x1 map has no norm, as in their later code: batch norm would erase it.
 The rate is constant; --decay-epochs 100 is their later schedule. Colorization divides ab by 127.5, not by 110.
 """
 
 import argparse
 import contextlib
-import copy
 import functools
 import glob
 import hashlib
+import inspect
 import itertools
 import json
 import math
@@ -59,18 +59,22 @@ SETS = {  # the named sets, and which defaults each changes
 FIXED = "direction source white size load_size no_mirror loss lambda_l1 no_skips ngf ndf n_layers seed".split()
 CHANNELS = {None: (3, 3), "gray": (1, 2), "hole": (3, 3)}  # of x and y, by --from; gray is L and ab of CIE Lab
 RGB, LAB = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
-LAYOUTS = "give images with A and B side by side, or folders named A and B, all of it in train and test if you like"
+LAYOUTS = (
+    "give images with A and B side by side, or folders named A and B, either of them in train and test if you like"
+)
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+SPLITS = {"train": "train", "val": "val", "eval": "val", "dev": "val", "test": "test"}
+SPLIT = (
+    r"(?i)(?<![^/])(train|val|eval|dev|test)(?:ing|id|idation|uation|\d+)?[_-]?(?:set|images|data)?[_-]?((?-i:[AB])?)/"
+)
 MODES = "1 L LA P PA RGB RGBA CMYK I;16 I;16B".split()  # the modes of Pillow that read_image takes
-SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
 
 
 def get_args(argv=None):
     """Options from `argv` or the command line. The defaults are the paper's, or those of the named set."""
-    parser = argparse.ArgumentParser(
-        usage="%(prog)s [options]", description=__doc__.partition("\n")[0], allow_abbrev=False
-    )
+    parser = argparse.ArgumentParser(usage="%(prog)s [options]", allow_abbrev=False, add_help=False)
+    parser.description = __doc__.partition("\n")[0]
     parser.formatter_class = functools.partial(argparse.ArgumentDefaultsHelpFormatter, width=120, max_help_position=36)
     add = parser.add_argument_group("data").add_argument
     add("--data", default="toy", help=f"a folder of pairs, or one of {', '.join(SETS)}; toy has smaller defaults")
@@ -78,46 +82,49 @@ def get_args(argv=None):
     add("--direction", choices=("AtoB", "BtoA"), default="AtoB", help="A is the left half or folder")
     add("--from", dest="source", choices=("gray", "hole"), help="pairs from photos: colorization, inpainting")
     add("--white", type=int, default=65535, help="16-bit pixel value that is white")
-    add("--size", type=int, default=256, help="of a crop, a power of two")
-    add("--load-size", type=int, help="of an image before the random crop; None: 286 / 256 of --size")
+    add("--size", type=int, default=256, help="side of a training image, a power of two")
+    add("--load-size", type=int, help="images are resized to this, then cropped; None: 286 / 256 of --size")
     add("--no-mirror", action="store_true", help="no random mirroring")
     add = parser.add_argument_group("method").add_argument
-    add("--loss", choices=("l1", "gan", "cgan", "l1+gan", "l1+cgan"), default="l1+cgan", help="Table 1")
+    add("--loss", choices=("l1", "gan", "cgan", "l1+gan", "l1+cgan"), default="l1+cgan", help="its terms, Table 1")
     add("--lambda-l1", type=float, default=100.0, help="weight of L1, Eq. 4")
     add("--no-skips", action="store_true", help="encoder-decoder instead of U-Net, Sec. 3.2")
     add("--ngf", type=int, default=64, help="channels of G's first layer")
     add("--ndf", type=int, default=64, help="channels of D's first layer")
-    add("--n-layers", type=int, default=3, help="strided layers of D: 0, 1, 3, 5 see 1, 16, 70, 286 pixels")
+    add("--n-layers", type=int, default=3, help="strided layers of D: 0, 1, 3, 5 for patches of 1, 16, 70, 286 pixels")
     add = parser.add_argument_group("training").add_argument
     add("--epochs", type=int, default=200, help="passes over the pairs")
     add("--decay-epochs", type=int, default=0, help="last epochs, in which the rate falls towards 0")
-    add("--batch-size", type=int, default=1, help="over all processes")
+    add("--batch-size", type=int, default=1, help="pairs in an update, of all processes")
     add("--lr", type=float, default=2e-4, help="learning rate of Adam")
     add("--seed", type=int, default=0, help="of weights, order, crops and dropout")
     add("--out", type=Path, help=f"run folder; None: runs/{SCRIPT}-DATA")
     add("--init", type=Path, metavar="RUN", help="start from the weights of another run (fine-tuning)")
     add("--max-steps", type=int, help="stop after this many updates in all")
     add("--save-every", type=int, help="updates between checkpoints; None: ten minutes")
-    add("--fresh", action="store_true", help="delete checkpoint, log and samples")
+    add("--fresh", action="store_true", help="start anew: delete checkpoint, log and pictures")
     add("--device", help="cpu, cuda, cuda:1, mps, ...; None: the accelerator, if there is one")
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 where the device has it")
-    add("--no-capture", action="store_true", help="on CUDA: no CUDA graph")
+    add("--no-capture", action="store_true", help="do not use a CUDA graph")
     add = parser.add_argument_group("use of a trained model").add_argument
     add("--translate", type=Path, metavar="PATH", help="use G on an image or a folder")
     add("--to", type=Path, help="folder for translations; None: OUT/translated")
-    data = parser.parse_known_args(argv)[0].data
+    data = parser.parse_known_args(argv)[0].data  # first, as the other defaults depend on it
     data = f"./{data}" if data in SETS and Path(data).is_dir() else data  # a folder that is there comes first
     parser.set_defaults(**SETS.get(data, {}))
+    parser.add_argument("-h", "--help", action="help", help="show this; defaults are those of --data")
     args = parser.parse_args(argv)
     args.data, args.load_size = data, args.load_size or args.size * 286 // 256
     check_args(args, may_be_zero=("lambda_l1", "n_layers", "decay_epochs", "lr", "seed"))
-    least = max(16, 3 << args.n_layers)
-    if args.size & (args.size - 1) or not least <= args.size <= args.load_size:
-        fail(
-            f"--size {args.size} with --n-layers {args.n_layers}: give a power of two from {least} to {args.load_size}"
-        )
+    least = max(16, 4 << args.n_layers)  # the last layers of D need 4 pixels
+    if args.size & (args.size - 1) or args.size < least:
+        fail(f"--size {args.size}: give a power of two, at least {least} with --n-layers {args.n_layers}")
+    if args.load_size < args.size:
+        fail(f"--load-size {args.load_size} is less than --size {args.size}")
     if args.source and (args.data in SETS or args.direction == "BtoA"):
         fail("--from needs a folder of photos as --data, and no --direction")
+    if args.to and not args.translate:
+        fail("--to needs --translate")
     return args
 
 
@@ -133,17 +140,18 @@ class Generator(nn.Module):
     def __init__(self, in_channels=3, out_channels=3, size=256, ngf=64, skips=True):
         super().__init__()
         self.skips, self.down, self.up = skips, nn.ModuleList(), nn.ModuleList()
+        batch_norm = functools.partial(nn.BatchNorm2d, track_running_stats=False)  # nor at test time (Sec. 3.3)
         width = [ngf * min(2**i, 8) for i in range(int(math.log2(size)))]
         for i in range(len(width)):
-            first, last = i == 0, i == len(width) - 1
-            c_in, c_out = in_channels if first else width[i - 1], width[i]
-            down = [] if first else [nn.LeakyReLU(0.2)]
+            outermost, innermost = i == 0, i == len(width) - 1
+            c_in, c_out = in_channels if outermost else width[i - 1], width[i]
+            down = [] if outermost else [nn.LeakyReLU(0.2)]
             down += [nn.Conv2d(c_in, c_out, 4, 2, 1, bias=False)]
-            down += [] if first or last else [nn.BatchNorm2d(c_out)]  # a normalised 1x1 map would hold nothing
-            c_in = width[i] if last or not skips else 2 * width[i]
-            c_out = out_channels if first else width[i - 1]
-            up = [nn.ReLU(), nn.ConvTranspose2d(c_in, c_out, 4, 2, 1, bias=first)]
-            up += [nn.Tanh()] if first else [nn.BatchNorm2d(c_out)]
+            down += [] if outermost or innermost else [batch_norm(c_out)]  # of a single pixel it would be zero
+            c_in = width[i] if innermost or not skips else 2 * width[i]
+            c_out = out_channels if outermost else width[i - 1]
+            up = [nn.ReLU(), nn.ConvTranspose2d(c_in, c_out, 4, 2, 1, bias=outermost)]
+            up += [nn.Tanh()] if outermost else [batch_norm(c_out)]
             up += [nn.Dropout(0.5)] if i >= len(width) - 3 else []  # the noise z, at test time too (Sec. 3.1)
             self.down.append(nn.Sequential(*down))
             self.up.insert(0, nn.Sequential(*up))
@@ -190,7 +198,7 @@ def init_weights(net):
 
 
 def gan_loss(logits, real):
-    """-log D if `real`, else -log(1 - D), mean over all patches; D = sigmoid(logits). (N, 1, h, w) -> 0-d."""
+    """-log D if `real`, else -log(1 - D), mean over all patches; D = sigmoid(logits). (N, 1, h, w) -> a scalar."""
     return F.softplus(-logits.float() if real else logits.float()).mean()
 
 
@@ -199,8 +207,8 @@ def build(args):
     torch.manual_seed(args.seed)
     c_in, c_out = CHANNELS[args.source]
     G = init_weights(Generator(c_in, c_out, args.size, args.ngf, not args.no_skips)).to(args.device)
-    seen = c_in + c_out if "cgan" in args.loss else c_out  # an unconditional D does not see x
-    D = init_weights(Discriminator(seen, args.ndf, args.n_layers)).to(args.device)
+    d_in = c_in + c_out if "cgan" in args.loss else c_out  # an unconditional D does not see x
+    D = init_weights(Discriminator(d_in, args.ndf, args.n_layers)).to(args.device)
     # Rates are tensors, so that a CUDA graph follows the schedule.
     adam = dict(betas=(0.5, 0.999), fused=True, capturable="cuda" in args.device)
     opt_G = torch.optim.Adam(G.parameters(), torch.tensor(args.lr, device=args.device), **adam)
@@ -209,28 +217,28 @@ def build(args):
 
 
 def make_step(args, state):
-    """Returns `step(x, y)`: one update of D and G on x and y (N, C, size, size) in [-1, 1]. It returns 0-d losses."""
+    """Returns `step(x, y)`: one update of D and G on x and y (N, C, size, size) in [-1, 1]. It returns the losses."""
     G, D, opt_G, opt_D = state["G"], state["D"], state["opt_G"], state["opt_D"]
 
     def step(x, y):
-        losses, loss_G = {}, 0.0
+        losses, total = {}, 0.0
         opt_D.zero_grad()
         opt_G.zero_grad()
         with torch.autocast(x.device.type, torch.bfloat16, args.precision == "bf16"):
             fake = G(x)
-            if "gan" in args.loss:  # one pass each: batch norm needs the statistics of each
+            if "gan" in args.loss:  # apart, as batch norm must not mix real and fake
                 on_real = D(torch.cat([x, y], 1) if "cgan" in args.loss else y)
                 on_fake = D(torch.cat([x, fake], 1) if "cgan" in args.loss else fake)
         if "gan" in args.loss:
             # D: max log D(x, y) + log(1 - D(x, G(x))), halved so that D learns slower than G (Sec. 3.3)
             losses["loss_D"] = (gan_loss(on_real, True) + gan_loss(on_fake, False)) / 2
             losses["loss_D"].backward(inputs=list(D.parameters()), retain_graph=True)
-            # G: max log D(x, G(x)), which does not saturate, for min log(1 - D(x, G(x))) (Sec. 3.3)
-            losses["loss_G"] = loss_G = gan_loss(on_fake, True)
+            # G: max log D(x, G(x)), which does not saturate, instead of min log(1 - D(x, G(x))) (Sec. 3.3)
+            losses["loss_G"] = total = gan_loss(on_fake, True)
         if "l1" in args.loss:  # G: and min lambda |y - G(x)| (Eq. 3, 4)
             losses["loss_l1"] = F.l1_loss(fake.float(), y)
-            loss_G = loss_G + args.lambda_l1 * losses["loss_l1"]
-        loss_G.backward(inputs=list(G.parameters()))
+            total = total + args.lambda_l1 * losses["loss_l1"]
+        total.backward(inputs=list(G.parameters()))
         opt_D.step()
         opt_G.step()
         return {name: loss.detach() for name, loss in losses.items()}
@@ -244,24 +252,20 @@ def train(args):
     state = build(args)
     init_distributed(args, state)
     pairs, tests, names = load_pairs(args)
-    run = Run(args, state, args.epochs * len(pairs))
+    run = Run(args, state)
     update, loader = capture(make_step(args, state), args), batches(args, pairs, run.images_seen)
-    for step in range(run.start_step + 1, run.last_step + 1):
+    for step in run.steps(args.epochs * len(pairs), args.batch_size):
         epoch, x, y = next(loader)
         decay = max(0, epoch - args.epochs + args.decay_epochs) / (args.decay_epochs + 1)
         for name in ("opt_G", "opt_D"):
             state[name].param_groups[0]["lr"].fill_(args.lr * (1 - decay))
-        set_seed(args, step)  # of the dropout
+        set_seed(args, step)  # for dropout
         losses = update(x, y)
-        if run.report(step, epoch, losses):  # it is time to save
+        if run.report(epoch, losses):  # it is time to save
             save_tests(args, state["G"], tests[:4], names, step)
-            run.save_checkpoint(step)
-        if run.should_stop:
-            break
-    del update  # NCCL waits for the end of a CUDA graph before it lets the process group go
-    run.close()
+            run.save_checkpoint()
     if RANK == 0:
-        save_tests(args, state["G"], tests, names, run.last_step)
+        save_tests(args, state["G"], tests, names, run.step)
     return args.out
 
 
@@ -269,7 +273,7 @@ def train(args):
 
 
 def streets(count, seed, size=64):
-    """Toy maps and photos, uint8 (N, 3, size, size), and the class ids (N, size, size) behind them.
+    """Toy maps and photos, uint8 (N, 3, size, size), and class ids (N, size, size): what is where in both.
 
     Ids are ground, houses (square), parks (round), streets and a river. Photos tell the first three by their texture.
     """
@@ -307,7 +311,7 @@ def load_pairs(args):
                 shutil.unpack_archive(f"{folder}.tar.gz", f"{folder}.part", filter="data")  # nothing outside of it
                 os.rename(f"{folder}.part/{args.data}", folder)
     splits, found = {"train": {}, "val": {}, "test": {}}, find_images(folder)
-    sizes = [(file.name, file.stat().st_size) for *_, file in found]
+    sizes = [(split, file.name, file.stat().st_size) for split, _, file in found]
     args.images = hashlib.sha256(repr(sizes).encode()).hexdigest()[:12]  # a run belongs to its images
     for split, subfolder, file in found:
         name, side = (str(Path(subfolder, file.stem)), "") if args.source else (file.stem, subfolder)
@@ -317,9 +321,13 @@ def load_pairs(args):
     train, test = splits["train"], splits["test"] or splits["val"]
     pairs = [*train.values(), *test.values()]
     alone = [str(file) for pair in pairs if {*pair} not in ({""}, {"A", "B"}) for file in pair.values()]
+    alone += [
+        str(pair[""]) for name, pair in train.items() if "" in pair and re.sub("A$", "B", name) in {*train} - {name}
+    ]
     if alone or not train:
         fail(f"{args.data} has no {'partner for ' + ', '.join(alone[:3]) if alone else 'training pairs'}; {LAYOUTS}")
-    print(f"{args.data}: {len(train)} training pairs, {len(test) or 'up to 16 as'} test pairs, {args.direction}")
+    shown = f"{len(test)} test pairs" if test else f"no test pairs, so {min(len(train), 16)} of these are shown as test"
+    print(f"{args.data}: {len(train)} training pairs, {shown}, {args.direction}")
     test, loaded = test or dict(itertools.islice(train.items(), 16)), []
     for split, size in ((train, args.load_size), (test, args.size)):
         files = [tuple(pair[side] for side in sorted(pair)) for pair in split.values()]
@@ -336,10 +344,8 @@ def read_pair(args, size, files):
         if w != 2 * h:
             fail(f"{files[0]} has {w}x{h} pixels, not twice as wide as high; {LAYOUTS}, or photos with --from")
         a, b = a.crop((0, 0, h, h)), a.crop((h, 0, w, h))
-    if a.size != b.size:
-        fail(f"{files[0]}: A has {a.size} and B {b.size} pixels; they must be equal")
-    if min(a.size) < args.size:
-        fail(f"{files[0]} has {a.size} pixels: give a --size of at most {2 ** int(math.log2(min(a.size)))}")
+    if a.size != b.size or min(a.size) < args.size:
+        fail(f"{files[0]}: A has {a.size}, B {b.size} pixels; give equal ones, of at least --size (now {args.size})")
     a, b = (image.resize((size, size), Image.Resampling.BICUBIC) for image in (a, b))
     return torch.cat([to_tensor(args, image) for image in ([a] if args.source == "gray" else [a, b])])
 
@@ -353,11 +359,13 @@ def to_tensor(args, image):
 
 def to_xy(args, pixels):
     """uint8 (N, C, H, W) to x and y in [-1, 1] on the device; --from hole cuts the middle, half as wide, out of x."""
-    pixels = pixels.pin_memory() if "cuda" in args.device and not pixels.is_cuda else pixels  # the host need not wait
+    pixels = (
+        pixels.pin_memory() if "cuda" in args.device and not pixels.is_cuda else pixels
+    )  # a copy that the CPU need not wait for
     x, y = (pixels.to(args.device, non_blocking=True) / 127.5 - 1).tensor_split([CHANNELS[args.source][0]], 1)
     if args.source == "hole":
-        high, wide = x.shape[2] // 4, x.shape[3] // 4
-        x[..., high:-high, wide:-wide] = 1
+        top, left = x.shape[2] // 4, x.shape[3] // 4
+        x[..., top:-top, left:-left] = 1
     return (y, x) if args.direction == "BtoA" else (x, y)
 
 
@@ -390,12 +398,19 @@ def to_images(args, G, x, *y):
     if args.source == "gray":
         labs = [Image.merge("LAB", image.split()) for image in images]
         images = [ImageCms.profileToProfile(lab, LAB, RGB, outputMode="RGB") for lab in labs]
+        images = [Image.fromarray(np.asarray(image)) for image in images]  # without the profile, which has the time
     return images
+
+
+def translate_image(G, image):
+    """G(x) of an RGB Pillow image x of any size, as a Pillow image."""
+    x, _ = to_xy(G.settings, to_tensor(G.settings, image)[None])
+    return to_images(G.settings, G, x)[1]
 
 
 def save_tests(args, G, pairs, names, step):
     """Translate `pairs`, uint8 (N, C, H, W), to OUT/test, and show x, G(x) and y of 16 pairs in OUT/samples."""
-    G, images = copy.deepcopy(G), []  # a copy, as G is in training mode (Sec. 3.3) and would change its averages
+    images = []
     for pair, name in zip(pairs, names):
         images += to_images(args, G, *to_xy(args, pair[None]))
         atomic_write(args.out / "test" / f"{name}.png", images[-2].save)
@@ -404,16 +419,16 @@ def save_tests(args, G, pairs, names, step):
 
 
 def load_generator(run, device="cpu"):
-    """G of a run folder in training mode (Sec. 3.3: with dropout and the batch's statistics), and its G.settings.
+    """G of a run folder, for translate_image, with its options as G.settings.
 
-    For x = pil_to_tensor(read_image("photo.jpg"))[None] / 127.5 - 1 of any size, use to_images(G.settings, G, x)[1].
+    It stays in training mode: dropout and the batch's own statistics are on at test time (Sec. 3.3).
     """
     checkpoint = load_checkpoint(run)
     with explain_errors(f"{run}/last.pt is damaged"):
         settings = argparse.Namespace(**checkpoint["settings"])
         G = Generator(*CHANNELS[settings.source], settings.size, settings.ngf, not settings.no_skips)
         G.load_state_dict(checkpoint["G"])
-    G.settings = settings
+    G.settings, settings.device, settings.direction = settings, device, "AtoB"
     return G.to(device)
 
 
@@ -421,15 +436,14 @@ def translate(args):
     """Translate --translate, an image or a folder, of any size, with a trained G. Returns the folder of the results."""
     check_settings(args, use=True)
     G, to, errors = load_generator(args.out, args.device), args.to or args.out / "translated", []
-    args.size, args.source, args.white, args.direction = G.settings.size, G.settings.source, G.settings.white, "AtoB"
+    G.settings.seed, G.settings.precision = args.seed, args.precision
     found = find_images(args.translate) if args.translate.is_dir() else [("", "", args.translate)]
     targets = [to / folder / f"{file.stem}.png" for _, folder, file in found]
-    if len({path.resolve() for path in (*targets, *(file for *_, file in found))}) < 2 * len(found):
+    if len({*targets}) < len(found) or to.resolve() in {file.resolve().parent for *_, file in found}:
         fail(f"translations would overwrite images of {args.translate} or one another: choose another --to or names")
     for (*_, file), target in zip(found, targets):
         try:
-            x, _ = to_xy(args, to_tensor(args, read_image(file, args.white))[None])
-            atomic_write(target, to_images(args, G, x)[1].save)
+            atomic_write(target, translate_image(G, read_image(file, G.settings.white)).save)
         except SystemExit as error:  # go on with the others
             errors.append(str(error))
     print(f"{len(found) - len(errors)} of {len(found)} images are translated to {to}")
@@ -466,7 +480,7 @@ def atomic_write(path, write):
 
 def check_args(args, may_be_zero):
     """Check --data and the numbers; choose the run folder, the device and the precision."""
-    if args.data not in SETS and not Path(args.data).is_dir():
+    if args.data not in SETS and not os.path.isdir(args.data):
         fail(f"--data {args.data} is neither a folder nor one of {', '.join(SETS)}")
     for name, value in vars(args).items():
         if type(value) in (int, float) and not (0 < value < math.inf or value == 0 and name in may_be_zero):
@@ -491,103 +505,102 @@ def check_settings(args, use=False):
     resumed = not args.fresh and (args.out / "last.pt").exists()
     saved = load_checkpoint(args.out)["settings"] if resumed else {}
     changed = {name: value for name, value in saved.items() if name in args and value != getattr(args, name)}
+    changed.pop("seed" if use else "", None)  # it may be another then
     fixed = [f"--{name} {value}".replace("_", "-") for name, value in changed.items() if name in FIXED]
+    options = re.sub(r"(\S+) (None|False)\b", r"no \1", ", ".join(fixed).replace("--source", "--from"))
+    if fixed and not use:
+        fail(f"{args.out} was trained with {options}: repeat that, give another --out, or delete it with --fresh")
     if fixed:
-        sentence = f"{args.out} was trained with {', '.join(fixed)}".replace("--source", "--from")
-        print(sentence) if use else fail(f"{sentence}: repeat that, give another --out, or delete it with --fresh")
-    for name, value in () if use else changed.items():
+        print(f"{args.out} was trained with {options}, and is used so")
+    for name, value in [item for item in changed.items() if type(item[1]) in (int, float, str) and not use]:
         print(f"{args.out}: {name.replace('_', '-')} was {value}, is {getattr(args, name)}")
 
 
 class Run:
     """The run folder: resumes and saves `state`, logs, and stops on a signal. One process owns it at a time."""
 
-    def __init__(self, args, state, images):
-        """Resume from last.pt if it is there. `images`: how many the whole run shows, repeats counted."""
+    def __init__(self, args, state):
+        """Resume from last.pt if it is there; or else start, from the networks of --init if it is given."""
         self.args, self.state, self.log, last = args, state, args.out / "log.jsonl", args.out / "last.pt"
-        self.signal, self.should_stop, self.start_step, self.images_seen = 0, 0, 0, 0
-        self.batch = args.batch_size * vars(args).get("k", 1)  # images in a step; k is an option of other scripts
         self.settings = {name: value for name, value in vars(args).items() if not isinstance(value, Path)}
-        self.lock = FileLock(args.out / ".lock")
+        self.lock, self.signals, self.should_stop = FileLock(args.out / ".lock"), [], 0
         with explain_errors(f"{args.out} is in use by another process"):
             self.lock.acquire(timeout=0)
-        for old in [last, *args.out.glob("samples/*.png")] if args.fresh else []:
+        saved = {"settings": self.settings, "step": 0, "images_seen": 0, "log_size": 0}
+        if args.init:
+            saved = load_checkpoint(args.init) | saved
+        for old in [last, *args.out.glob("samples/*.png"), *args.out.glob("test/**/*.png")] if args.fresh else []:
             old.unlink(missing_ok=True)
-        saved = [load_checkpoint(args.out) if last.exists() else {}]
+        found = [load_checkpoint(args.out) if last.exists() else saved]
         if WORLD > 1:  # the first process has the file
-            dist.broadcast_object_list(saved)
+            dist.broadcast_object_list(found)
+        saved = found[0]
+        with explain_errors(f"{last if last.exists() else args.init or last} has other networks, or is damaged"):
+            if saved["settings"].get("images") != self.settings.get("images"):
+                fail(f"{args.out} has learned from other images: give those, or --fresh, or another --out")
+            self.step, self.images_seen, self.log_size = saved["step"], saved["images_seen"], saved["log_size"]
+            networks = [name for name in state if args.init and not name.startswith(("opt", "pool"))]
+            for name in state if self.step else networks:
+                if name.startswith("opt"):  # with the current rate and device
+                    saved[name]["param_groups"] = state[name].state_dict()["param_groups"]
+                state[name].load_state_dict(saved[name])
+
+    def steps(self, images, batch):
+        """Yields the steps, each of a `batch`, until all `images` are seen. A signal ends them, and then the script."""
+        args, self.start, self.batch = self.args, self.step, batch
+        goal = self.start + max(0, math.ceil((images - self.images_seen) / batch))
+        self.last_step = max(self.start, min(goal, args.max_steps or goal))
         with open(self.log, "a") as log:
-            log.truncate(min(log.tell(), saved[0].get("log_size", 0)))
-        if saved[0]:
-            with explain_errors(f"{last} is damaged; --fresh starts over"):
-                self.resume(saved[0])
-        elif args.init:
-            with explain_errors(f"--init {args.init} has other networks: repeat their options"):
-                for name in [name for name in state if not name.startswith(("opt", "pool"))]:
-                    state[name].load_state_dict(load_checkpoint(args.init)[name])
-        self.goal = self.start_step + max(0, math.ceil((images - self.images_seen) / self.batch))
-        self.last_step = max(self.start_step, min(self.goal, args.max_steps or self.goal))
-        (args.out / "config.json").write_text(json.dumps(self.settings | {"torch": torch.__version__}, indent=2))
-        begin = "resuming" if saved[0] else "starting"
-        print(f"{begin} {args.out} at step {self.start_step} of {self.goal}, {args.device}, {args.precision}")
-        numbers = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # as nohup sets it
-        self.handlers = {number: signal.signal(number, self.on_signal) for number in numbers}
-        self.step, self.begun, self.last_save = self.start_step, time.monotonic(), time.monotonic()
-        self.bar = tqdm(initial=self.start_step, total=self.last_step, delay=1, mininterval=2, file=sys.stdout)
+            log.truncate(min(log.tell(), self.log_size))
+        begin = "resuming" if self.start else "starting"
+        print(f"{begin} {args.out} at step {self.start} of {goal}, {args.device}, {args.precision}")
+        stops = [each for each in signal.Signals if each.name in ("SIGINT", "SIGTERM", "SIGHUP")]
+        stops = [each for each in stops if signal.getsignal(each) != signal.SIG_IGN]  # as nohup sets it
+        handlers = {each: signal.signal(each, lambda each, frame: self.signals.append(each)) for each in stops}
+        self.bar = tqdm(initial=self.start, total=self.last_step, delay=1, mininterval=2, file=sys.stdout)
+        self.start_time = self.last_save = self.last_report = time.monotonic()
+        while self.step < self.last_step and not self.should_stop:
+            self.step, self.images_seen = self.step + 1, self.images_seen + batch
+            yield self.step
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        self.lock.release()
+        with contextlib.suppress(OSError):
+            self.bar.close()
+            done = "finished" if self.step == goal else "saved"
+            print(f"{args.out} is {done} at step {self.step} of {goal}; pictures are in its samples/")
+        if self.should_stop:
+            sys.exit(128 + self.should_stop)
 
-    def on_signal(self, number, frame):
-        self.signal = number
-
-    def resume(self, saved):
-        """Go on from a checkpoint of the same images."""
-        if saved["settings"].get("images") != self.settings.get("images"):
-            fail(f"{self.args.out} has learned from other images: give those, or --fresh, or another --out")
-        self.start_step, self.images_seen = saved["step"], saved["images_seen"]
-        for name, part in self.state.items():
-            if name.startswith("opt"):  # with the current rate and device
-                saved[name]["param_groups"] = part.state_dict()["param_groups"]
-            part.load_state_dict(saved[name])
-
-    def report(self, step, epoch, losses):
-        """Count the step, log the losses every two seconds, set should_stop after a signal. Returns whether to save."""
-        args, number, now = self.args, torch.tensor(self.signal), time.monotonic()
+    def report(self, epoch, losses):
+        """Log the losses every two seconds, set should_stop after a signal. Returns whether to save now."""
+        args, number, now = self.args, torch.tensor(max(self.signals, default=0)), time.monotonic()
         if WORLD > 1:  # all processes stop at the same step
             dist.all_reduce(number, dist.ReduceOp.MAX)
-        self.step, self.should_stop, self.images_seen = step, number.item(), self.images_seen + self.batch
-        due = step % args.save_every == 0 if args.save_every else now - self.last_save > 600
-        save, shown = due or self.should_stop or step == self.last_step, False
+        self.should_stop = number.item()
+        due = self.step % args.save_every == 0 if args.save_every else now - self.last_save > 600
+        save = due or self.should_stop or self.step == self.last_step
         with contextlib.suppress(OSError):  # a terminal or pipe may be closed
-            shown = self.bar.update()
-        if shown or save:
+            self.bar.update()
+        if save or now - self.last_report > 2:
+            self.last_report = now
             losses = {name: loss.item() for name, loss in losses.items()}  # waits for the device
             if not all(map(math.isfinite, losses.values())):
-                fail(f"a loss is not finite at step {step}: {losses}; last.pt is kept; try a lower --lr")
-            rate = (step - self.start_step) * self.batch / (now - self.begun)
+                fail(f"a loss is not finite at step {self.step}: {losses}; last.pt is kept; try a lower --lr")
+            rate = (self.step - self.start) * self.batch / (now - self.start_time)
             with open(self.log, "a") as log:
-                log.write(json.dumps({"step": step, "epoch": epoch, **losses, "images_per_s": rate}) + "\n")
+                log.write(json.dumps({"step": self.step, "epoch": epoch, **losses, "images_per_s": rate}) + "\n")
             self.bar.set_postfix(losses, images_per_s=rate, refresh=False)
         return save and RANK == 0
 
-    def save_checkpoint(self, step):
+    def save_checkpoint(self):
         checkpoint = {name: part.state_dict() for name, part in self.state.items()}
-        checkpoint |= {"script": METHOD, "settings": self.settings, "step": step, "images_seen": self.images_seen}
+        checkpoint |= {"script": METHOD, "settings": self.settings, "step": self.step, "images_seen": self.images_seen}
         checkpoint["log_size"] = self.log.stat().st_size
         atomic_write(self.args.out / "last.pt", lambda part: torch.save(checkpoint, part))
+        config = json.dumps(self.settings | {"torch": torch.__version__}, indent=2)
+        atomic_write(self.args.out / "config.json", lambda part: part.write_text(config))
         self.last_save = time.monotonic()
-
-    def close(self):
-        """Leave the run folder, and the script if it got a signal."""
-        self.lock.release()
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
-        if WORLD > 1:
-            dist.destroy_process_group()
-        with contextlib.suppress(OSError):
-            self.bar.close()
-            done = "finished" if self.step == self.goal else "saved"
-            print(f"{self.args.out} is {done} at step {self.step} of {self.goal}; pictures are in its samples/")
-        if self.should_stop:
-            sys.exit(128 + self.should_stop)
 
 
 def set_seed(args, step):
@@ -653,17 +666,18 @@ def capture(step, args):
 
 def find_images(folder, others=()):
     """[(split, folders, file)] of all images below `folder`; the split is train, val or test if a folder says so."""
-    names = sorted(glob.glob("**/*.*", root_dir=folder, recursive=True))  # follows links, leaves out hidden files
-    runs = tuple(name.removesuffix("log.jsonl") for name in names if name.endswith("/log.jsonl"))
-    names, found = [name for name in names if not name.startswith(runs)], []
-    images = [name for name in names if name.lower().endswith(IMAGES)]
-    left_out = len([name for name in names if not name.lower().endswith((*IMAGES, *others))])
+    found, names = [], sorted(glob.glob("**/*", root_dir=folder, recursive=True))  # links too, hidden files not
+    runs = tuple(name[:-11] for name in names if name.endswith("/config.json") and f"{name[:-11]}log.jsonl" in names)
+    names = [name for name in names if not name.startswith(runs) and not os.path.isdir(Path(folder, name))]
+    images = [name for name in names if name.lower().endswith(IMAGES) and os.path.exists(Path(folder, name))]
+    left_out = len([name for name in {*names} - {*images} if not name.endswith(others)])
     if left_out:
-        print(f"{folder}: files with other endings are left out: {left_out}")
+        print(f"{folder}: files with other endings, or broken links, are left out: {left_out}")
     for name in images:
-        *parts, _ = re.sub(r"\b(train|test|val)(id|idation)?[_-]?([AB]?)/", r"\1/\3/", name).split("/")
-        split = next((part for part in parts if part in ("train", "val", "test")), "train")
-        found.append((split, "/".join(part for part in parts if part not in ("", split)), Path(folder, name)))
+        *parts, _ = re.sub(SPLIT, r"\1/\2/", name).split("/")
+        split = next((part for part in parts if part.lower() in SPLITS), "train")
+        parts = [part for part in parts if part not in ("", split)]
+        found.append((SPLITS[split.lower()], "/".join(parts), Path(folder, name)))
     return found or fail(f"{folder} has no images ({', '.join(IMAGES)})")
 
 
@@ -671,8 +685,9 @@ def read_image(file, white=65535):
     """An image as RGB with 8 bits, upright, transparent pixels on white. `white` is the brightest of 16 bits."""
     with explain_errors(f"{file} cannot be used as an image"), Image.open(file) as image:
         more_bands = 0 in getattr(image, "tag_v2", {}).get(338, ())  # of a TIFF, and not alpha
+        more_bands |= ";16" in str(image.tile) and not image.mode.startswith("I;16")  # Pillow gives 8 of 16 bits
         if image.mode not in MODES or more_bands or getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
-            raise ValueError(f"mode {image.mode}; give 8 or 16 bits, gray or RGB, one page")
+            raise ValueError(f"mode {image.mode}; give 8 bits, or 16 bits in gray, one page")
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I;16"):
             image = Image.fromarray(np.uint8(np.minimum(np.asarray(image, np.uint32), white) * 255 // white))
@@ -694,7 +709,8 @@ def save_grid(path, images, titles):
 def cache_images(args, groups, read, shape):
     """read(group) of all groups, tuples of files, as uint8 (N, *shape): done once and kept in --data-root/cache."""
     facts = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for group in groups for file in group]
-    facts += [shape, args.size, args.white, vars(args).get("source")]
+    facts += [shape, args.size, args.white, vars(args).get("source"), inspect.getsource(read_image)]
+    facts += [inspect.getsource(getattr(read, "func", read))]  # func, if it is a partial
     key = hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
     path = args.data_root / "cache" / f"{METHOD}-{key}.npy"
     with FileLock(f"{path}.lock"), ThreadPoolExecutor() as pool, TemporaryDirectory(dir=path.parent) as folder:
@@ -716,4 +732,9 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:  # while nothing is trained
+        sys.exit(130)
+    if WORLD > 1:
+        dist.destroy_process_group()

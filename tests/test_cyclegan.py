@@ -176,3 +176,12 @@ def test_direction(tmp_path, call):
         net.load_state_dict(torch.load("run/last.pt", weights_only=True)[name])
         expected, made = cyclegan.to_images(settings(), pixels, net)[1], Image.open(f"{direction}/x.png")
         assert made.size == (41, 30) and made.tobytes() == expected.tobytes()
+
+
+def test_decay():
+    """The rate falls in the second half of the epochs, as in the paper, unless --decay-epochs says otherwise."""
+    flags = ["--data", "maps", "--device", "cpu"]
+    decays = [
+        cyclegan.get_args([*flags, *more.split()]).decay_epochs for more in ("", "--epochs 10", "--decay-epochs 5")
+    ]
+    assert decays == [100, 5, 5]

@@ -4,9 +4,12 @@ import contextlib
 import functools
 import http.server
 import io
+import itertools
+import struct
 import sys
 import tarfile
 import threading
+import zlib
 
 import numpy as np
 import pytest
@@ -24,6 +27,8 @@ TAKEN = {  # layout: files and their shades; 0 is trained on as the pair of 10 a
     "A, B": {"A/0.png": [10], "B/0.png": [20], "A/test/9.png": [30], "B/test/9.png": [40]},
     "endings": {"A/0.jpg": [10], "B/0.png": [20]},
     "train_A": {"train_A/0.png": [10], "train_B/0.png": [20], "valA/9.png": [30], "valB/9.png": [40]},
+    "Train, Test": {"Train/0.png": (10, 20), "Test/9.png": (30, 40)},
+    "training, eval_set": {"training/A/0.png": [10], "training/B/0.png": [20], "eval_set/9.png": (30, 40)},
     "A/train": {"A/train/0.png": [10], "B/train/0.png": [20], "A/test/9.png": [30], "B/test/9.png": [40]},
 }
 REFUSED = {
@@ -36,6 +41,7 @@ REFUSED = {
 NO_PAIRS = {  # refused by pix2pix.py
     "no partner": {"A/0.png": [10], "A/1.png": [10], "B/0.png": [20]},
     "0_A beside 0_B": {"0_A.png": [10], "0_B.png": [20]},
+    "0_A beside 0_B, wide": {"0_A.png": (10, 20), "0_B.png": (30, 40)},
     "other sizes": {"A/0.png": [10], "B/0.png": (20, 20)},
 }
 
@@ -93,6 +99,7 @@ def test_what_is_said(call, monkeypatch, tmp_path):
     assert "resuming runs/pix2pix-set at step 1 of" in said and "script was" in said
     assert_refused(call(PIX2PIX, *SMALL, "--data", "set", "--from", "gray").said, "direction")
     assert_refused(call(PIX2PIX, *SMALL, "--data", "facade").said, "facades")
+    assert_refused(call(PIX2PIX, *SMALL, "--data", "").said, "--data")
     assert [pix2pix.get_args(["--data", data]).direction for data in ("facades", "./set")] == ["BtoA", "AtoB"]
 
 
@@ -125,6 +132,7 @@ def test_numbers_as_classes(call, tmp_path):
     assert call(CGAN, *flags, "--sample", 2, "--label", 10, "--to", "to").said == 0
     assert sorted(file.name for file in (tmp_path / "to").iterdir()) == ["00000-10.png", "00001-10.png"]
     assert_refused(call(CGAN, *flags, "--sample", 2, "--label", 0).said, "--label 0")
+    assert CGAN.module.get_args(["--data", "fashion-mnist", "--device", "cpu"]).classes[7] == "sneaker"
 
 
 def image(kind, pixels, **options):
@@ -138,6 +146,20 @@ EXIF, PAGES = Image.Exif(), {"save_all": True, "append_images": [Image.new("L", 
 EXIF[274] = 6  # the left side is up
 BITS, DEEP = np.uint8([[0, 255]]), np.uint16([[0, 4095]])
 RGBA, ON_WHITE = np.uint8([[(9, 8, 7, 255), (9, 8, 7, 0), (0, 0, 0, 51)]]), [(9, 8, 7), (255,) * 3, (204,) * 3]
+
+
+def deep_png(*pixel):
+    """A PNG of one RGB pixel with 16 bits a band, which Pillow reads but does not write."""
+    parts = (
+        (b"IHDR", struct.pack(">IIBBBBB", 1, 1, 16, 2, 0, 0, 0)),
+        (b"IDAT", zlib.compress(struct.pack(">BHHH", 0, *pixel))),
+    )
+    chunks = [
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in parts
+    ]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
 IMAGES = {  # (file, its first row of pixels as gray or RGB, or None if it is refused)
     "16-bit": (image("PNG", np.uint16([[0, 257, 65535]])), [0, 1, 255]),
     "almost black": (image("PNG", DEEP), [0, 15]),
@@ -147,6 +169,7 @@ IMAGES = {  # (file, its first row of pixels as gray or RGB, or None if it is re
     "signed": (image("TIFF", DEEP, tiffinfo={339: 2}), None),
     "RGBA": (image("PNG", RGBA), ON_WHITE),
     "RGBA TIFF": (image("TIFF", RGBA), ON_WHITE),
+    "16-bit RGB": (deep_png(4095, 4095, 4095), None),
     "infrared": (image("TIFF", RGBA).replace(b"\x52\1\3\0\1\0\0\0\2", b"\x52\1\3\0\1\0\0\0\0"), None),
     "pages": (image("TIFF", Image.new("L", (2, 1)), **PAGES), None),
     "CMYK": (image("TIFF", Image.new("CMYK", (1, 1), (0, 255, 255, 0))), [(255, 0, 0)]),
@@ -278,6 +301,8 @@ def test_closed_output(close, start, tmp_path):
 def test_without_a_progress_bar(monkeypatch, tmp_path):
     """TQDM_DISABLE=1, which clusters set, changes nothing but the bar."""
     monkeypatch.setattr(pix2pix, "tqdm", functools.partial(pix2pix.tqdm, disable=True))
-    assert run_main(PIX2PIX, *SMALL, "--out", "run") == 0
-    (row,) = read_log(tmp_path / "run")
-    assert row["step"] == 1 and row["images_per_s"] > 0
+    clock = itertools.count(step=1.5)  # a row is due every two seconds, and at the end
+    monkeypatch.setattr(pix2pix.time, "monotonic", lambda: next(clock))
+    assert run_main(PIX2PIX, *SMALL, "--out", "run", "--max-steps", 5) == 0
+    rows = read_log(tmp_path / "run")
+    assert [row["step"] for row in rows] == [2, 4, 5] and all(row["images_per_s"] > 0 for row in rows)

@@ -165,16 +165,24 @@ def test_init(row, flags, whole, tmp_path):
             if "running" not in key and "num_batches" not in key
         )
     other = [*flags, "--ngf", "8", "--init", whole, "--out", tmp_path / "other", "--max-steps", 1]
-    assert_refused(run_main(row, *other), "--init")
+    assert_refused(run_main(row, *other), str(whole))
 
 
 def test_fresh(row, flags, whole, tmp_path):
     """--fresh starts over and deletes checkpoint, log and samples of the run, and nothing else."""
     run = shutil.copytree(whole, tmp_path / "run")
     (run / "notes.txt").write_text("mine")
-    assert run_main(row, *flags, "--epochs", row.epochs, "--out", run, "--fresh", "--max-steps", 1) == 0
+    (run / "test").mkdir(exist_ok=True)
+    (run / "test" / "old.png").touch()
+    flags = [*flags, "--epochs", row.epochs, "--out", run, "--max-steps", 1]
+    assert run_main(row, *flags, "--fresh", "--init", run) == 0  # which is read before it is deleted
     assert read_checkpoint(run)["step"] == 1 and [entry["step"] for entry in read_log(run)] == [1]
-    assert (run / "notes.txt").read_text() == "mine" and not [*run.glob(f"samples/*{STEPS}*")]
+    assert (run / "notes.txt").read_text() == "mine" and not [
+        *run.glob(f"samples/*{STEPS}*"),
+        *run.glob("test/old.png"),
+    ]
+    config = (run / "config.json").read_text()
+    assert run_main(row, *flags, "--lr", 1) == 0 and (run / "config.json").read_text() == config  # nothing was trained
 
 
 def test_one_owner(row, flags, start, tmp_path):

@@ -80,7 +80,9 @@ def test_initial_weights():
 def test_text_encoder_reads_letters_in_order(capsys):
     """70 letters, with the hyphen twice; the later counts; letter n is one-hot, others 0; 201 are read in order."""
     assert len(text2img.ALPHABET) == 70 and text2img.ALPHABET.count("-") == 2
-    chars = text2img.spell(["aZ 9-é", "b" * 300])
+    sentences = ["aZ 9-é", "b" * 300]
+    text2img.check_sentences(sentences)
+    chars = text2img.spell(sentences)
     assert chars.shape == (2, 201) and chars.dtype == torch.uint8
     assert chars[0, :6].tolist() == [1, 26, 70, 36, text2img.ALPHABET.rindex("-") + 1, 0]
     assert not chars[0, 6:].any() and (chars[1] == 2).all()
@@ -265,6 +267,8 @@ def test_captions_without_letters(tmp_path, capsys):
     assert "4 sentences" in capsys.readouterr().out
     save_folder(tmp_path / "set", ["a", "b", "c"], lambda i: ["红色的鸟, 。"])
     assert_refused(run_main(ROW, *ROW.tiny.split(), "--data", tmp_path / "set"), "红色的鸟")
+    save_folder(tmp_path / "two", ["a", "b"], lambda i: [f"a {'猫狗'[i]}"])
+    assert_refused(run_main(ROW, *ROW.tiny.split(), "--data", tmp_path / "two"), "a 猫")
 
 
 GOOD_ROW = '{"file": "a.png", "caption": "one"}\n'
@@ -276,15 +280,17 @@ BAD_ROWS = (
 )
 
 
-def test_captions_in_one_file(tmp_path):
+def test_captions_in_one_file(tmp_path, capsys):
     """captions.jsonl: rows of one image are added up; a bad line is named by its number; others need a .txt."""
-    save_folder(tmp_path, ["a", "b"])
-    file, flags = tmp_path / "captions.jsonl", ["--data", tmp_path, "--data-root", tmp_path / "data"]
-    file.write_text(GOOD_ROW + '{"file": "a.png", "captions": ["two", "three"]}\n')
+    save_folder(tmp_path, ["train/a", "train/b"])
+    file, flags = tmp_path / "train" / "captions.jsonl", ["--data", tmp_path, "--data-root", tmp_path / "data"]
+    more = '{"file": "a.png", "captions": ["two", "three"]}\n{"file": "c.png", "caption": "none"}\n'
+    file.write_text("\ufeff" + GOOD_ROW + more)
     assert_refused(run_main(ROW, *ROW.tiny.split(), *flags), "b.txt")
-    (tmp_path / "b.txt").write_text("four")
+    (tmp_path / "train" / "b.txt").write_text("four")
     data, _ = load(*flags)
     assert torch.equal(data.said, text2img.spell(["one", "two", "three", "four"])) and data.many.tolist() == [3, 1]
+    assert "captions of 1 files that are not there" in capsys.readouterr().out
     for bad in BAD_ROWS:
         file.write_text(GOOD_ROW + bad)
         assert_refused(run_main(ROW, *ROW.tiny.split(), *flags), "line 2")
@@ -301,9 +307,9 @@ def test_other_captions_are_refused(tmp_path):
 
 def test_prompts(tmp_path):
     """A file of sentences: N images of each, numbered by sentence; the same seed draws the same, another not."""
-    run, asked, empty = tmp_path / "run", tmp_path / "asked.txt", tmp_path / "empty.txt"
+    run, asked, empty = tmp_path / "run", tmp_path / "asked", tmp_path / "empty.txt"
     assert run_main(ROW, *ROW.tiny.split(), "--out", run, "--max-steps", 1) == 0
-    asked.write_text("a red circle\n\na blue bar\n")
+    asked.write_text("a red circle\n\na blue bar\n")  # whatever its ending
     empty.write_text("\n\n")
     for to, seed in (("one", 0), ("two", 0), ("three", 1)):
         flags = "--out", run, "--sample", 2, "--device", "cpu", "--to", tmp_path / to, "--seed", seed, "--prompt"
