@@ -14,7 +14,7 @@ Mirza, Osindero: Conditional Generative Adversarial Nets. 2014, arXiv:1411.1784.
 No code was released. The paper does not say where its dropout sits: here on every hidden layer, and in G also when
 samples are drawn, as D saw them. Nor does it give G's loss, here the one that does not saturate, or the weights at
 the start, here those of GAN's authors. G makes little of z: with one dropout mask the images of a label do not
-differ, and their variety comes from the dropout. Adam, --net conv and --cbn are ours.
+differ, and their variety comes from the dropout. Adam, --net conv and --cbn are ours; the paper has --optimiser sgd.
 """
 
 import argparse
@@ -47,12 +47,12 @@ from tqdm import tqdm
 
 METHOD, SCRIPT = "cgan", Path(__file__).stem
 SETS = {  # the named sets, and which defaults each changes
-    "toy": dict(optimiser="adam", ngf=800, ndf=80, epochs=60, save_every=2000),
+    "toy": dict(ngf=800, ndf=80, epochs=60, save_every=2000),
     "mnist": dict(),
     "fashion-mnist": dict(classes="t-shirt trouser pullover dress coat sandal shirt sneaker bag boot".split()),
     "cifar10": dict(
         classes="airplane automobile bird cat deer dog frog horse ship truck".split(),
-        **dict(net="conv", optimiser="adam", channels=3, size=32, epochs=250),
+        **dict(net="conv", channels=3, size=32, epochs=250),
     ),
 }
 READERS = {  # torchvision's, and the images to train on
@@ -87,7 +87,7 @@ def get_args(argv=None):
     add("--nz", type=int, default=100, help="numbers in z")
     add("--ngf", type=int, help="units of G's last hidden layer, or channels; None: 1200, conv 64")
     add("--ndf", type=int, help="maxout units of D's layers, or channels of its first; None: 240, conv 64")
-    add("--optimiser", choices=("sgd", "adam"), default="sgd", help="the paper's, or the faster one")
+    add("--optimiser", choices=("sgd", "adam"), default="adam", help="sgd is the paper's, and slower")
     add = parser.add_argument_group("training").add_argument
     add("--epochs", type=int, help="passes over the images; None: SGD 250, Adam 40")
     add("--batch-size", type=int, default=100, help="images in an update")
