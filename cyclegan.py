@@ -610,8 +610,7 @@ class Run:
         checkpoint |= {"script": METHOD, "settings": self.settings, "step": self.step, "images_seen": self.images_seen}
         checkpoint["log_size"] = self.log.stat().st_size
         atomic_write(self.args.out / "last.pt", lambda part: torch.save(checkpoint, part))
-        config = json.dumps(self.settings | {"torch": torch.__version__}, indent=2)
-        atomic_write(self.args.out / "config.json", lambda part: part.write_text(config))
+        (self.args.out / "config.json").write_text(json.dumps(self.settings | {"torch": torch.__version__}, indent=2))
         self.last_save = time.monotonic()
 
 
