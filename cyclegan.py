@@ -36,7 +36,6 @@ import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
@@ -62,9 +61,7 @@ FIXED = "white size load_size no_mirror blocks ngf ndf n_layers terms lambda_cyc
 LAYOUTS = "give folders named A and B, or images with A and B side by side, all of it in train and test if you like"
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 SPLITS = {"train": "train", "val": "val", "eval": "val", "dev": "val", "test": "test"}
-SPLIT = (
-    r"(?i)(?<![^/])(train|val|eval|dev|test)(?:ing|id|idation|uation|\d+)?[_-]?(?:set|images|data)?[_-]?((?-i:[AB])?)/"
-)
+SPLIT = r"(?<![^/])((?i:train|e?val|dev|test))(?i:ing|id|idation|uation|20\d\d)?[_-]?(?i:set|images|data)?[_-]?([AB]?)/"
 MODES = "1 L LA P PA RGB RGBA CMYK I;16 I;16B".split()  # the modes of Pillow that read_image takes
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
 
@@ -363,7 +360,7 @@ def load_sides(args):
             fail(f"{args.data} has {split} images in {[*sides]}; {LAYOUTS}")
     train, test = splits["train"], splits["test"] or splits["val"]
     stems = {file.stem for (file,) in train.get("", [])}
-    if any(re.sub("A$", "B", stem) in stems - {stem} for stem in stems):
+    if any(stem[-1] == "A" and f"{stem[:-1]}B" in stems for stem in stems):
         fail(f"{args.data} has images in two files, NAME_A and NAME_B; {LAYOUTS}")
     counts = [f"{len(files)} {split}{side}" for split, sides in splits.items() for side, files in sides.items()]
     print(f"{args.data}: {', '.join(counts)} images{'' if test else ', up to 16 of each side for the test too'}")
@@ -424,10 +421,11 @@ def save_tests(args, state, sides, names, step):
     rows = []
     for way, images, files in zip(WAYS, sides, names):
         nets = [state[name] for name in WAYS[way]]
-        translated = [to_images(args, pixels, *nets) for pixels in images]
-        for image, name in zip(translated, files):
-            atomic_write(args.out / "test" / way / f"{name}.png", image[1].save)
-        rows.append(translated[:16])
+        rows.append([])
+        for pixels, name in zip(images, files):
+            translated = to_images(args, pixels, *nets)
+            atomic_write(args.out / "test" / way / f"{name}.png", translated[1].save)
+            rows[-1] += [translated] if len(rows[-1]) < 16 else []
     cells = [pil_to_tensor(image) for x, y in zip(*rows) for image in x + y]
     titles = ["x", "G(x)", "F(G(x))", "y", "F(y)", "G(F(y))"]
     save_grid(args.out / "samples" / f"{step:07}.png", cells, titles)
@@ -450,7 +448,8 @@ def translate(args):
     G, to, errors = load_generator(args.out, args.device, args.direction), args.to or args.out / args.direction, []
     found = find_images(args.translate) if args.translate.is_dir() else [("", "", args.translate)]
     targets = [to / folder / f"{file.stem}.png" for _, folder, file in found]
-    if len({*targets}) < len(found) or to.resolve() in {file.resolve().parent for *_, file in found}:
+    places = {file.resolve().parent for *_, file in found}
+    if len({*targets}) < len(found) or any(target.resolve().parent in places for target in targets):
         fail(f"translations would overwrite images of {args.translate} or one another: choose another --to or names")
     for (*_, file), target in zip(found, targets):
         try:
@@ -497,6 +496,8 @@ def check_args(args, may_be_zero):
     for name, value in vars(args).items():
         if type(value) in (int, float) and not (0 < value < math.inf or value == 0 and name in may_be_zero):
             fail(f"--{name.replace('_', '-')} {value}: give a number above 0")
+    if args.out and args.out.resolve() == Path(args.data).resolve():
+        fail(f"--out {args.out} is --data: give another folder")
     args.out = args.out or Path("runs", f"{SCRIPT}-{Path(args.data).resolve().name}")
     args.script = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
     args.batch_size += -args.batch_size % WORLD  # an equal share for each process of torchrun
@@ -539,7 +540,7 @@ class Run:
         with explain_errors(f"{args.out} is in use by another process"):
             self.lock.acquire(timeout=0)
         saved = {"settings": self.settings, "step": 0, "images_seen": 0, "log_size": 0}
-        if args.init:
+        if args.init and (args.fresh or not last.exists()) and RANK == 0:
             saved = load_checkpoint(args.init) | saved
         for old in [last, *args.out.glob("samples/*.png"), *args.out.glob("test/**/*.png")] if args.fresh else []:
             old.unlink(missing_ok=True)
@@ -571,12 +572,14 @@ class Run:
         handlers = {each: signal.signal(each, lambda each, frame: self.signals.append(each)) for each in stops}
         self.bar = tqdm(initial=self.start, total=self.last_step, delay=1, mininterval=2, file=sys.stdout)
         self.start_time = self.last_save = self.last_report = time.monotonic()
-        while self.step < self.last_step and not self.should_stop:
-            self.step, self.images_seen = self.step + 1, self.images_seen + batch
-            yield self.step
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        self.lock.release()
+        try:
+            while self.step < self.last_step and not self.should_stop:
+                self.step, self.images_seen = self.step + 1, self.images_seen + batch
+                yield self.step
+        finally:  # after an error, too
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+            self.lock.release()
         with contextlib.suppress(OSError):
             self.bar.close()
             done = "finished" if self.step == goal else "saved"
@@ -592,6 +595,7 @@ class Run:
         self.should_stop = number.item()
         due = self.step % args.save_every == 0 if args.save_every else now - self.last_save > 600
         save = due or self.should_stop or self.step == self.last_step
+        self.last_save = now if save else self.last_save
         with contextlib.suppress(OSError):  # a terminal or pipe may be closed
             self.bar.update()
         if save or now - self.last_report > 2:
@@ -610,8 +614,8 @@ class Run:
         checkpoint |= {"script": METHOD, "settings": self.settings, "step": self.step, "images_seen": self.images_seen}
         checkpoint["log_size"] = self.log.stat().st_size
         atomic_write(self.args.out / "last.pt", lambda part: torch.save(checkpoint, part))
-        (self.args.out / "config.json").write_text(json.dumps(self.settings | {"torch": torch.__version__}, indent=2))
-        self.last_save = time.monotonic()
+        config = json.dumps(self.settings | {"torch": torch.__version__}, indent=2)
+        atomic_write(self.args.out / "config.json", lambda part: part.write_text(config))
 
 
 def set_seed(args, step):
@@ -626,7 +630,7 @@ def load_checkpoint(run):
     if not path.exists():
         fail(f"there is no {path}: train first, or name another run")
     with explain_errors(f"{path} is not a checkpoint of {METHOD}"):
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=os.name != "nt")
         assert checkpoint["script"] == METHOD, f"it is one of {checkpoint['script']}"
         assert isinstance(checkpoint["settings"], dict), "it has no settings"
     return checkpoint
@@ -677,18 +681,19 @@ def capture(step, args):
 
 def find_images(folder, others=()):
     """[(split, folders, file)] of all images below `folder`; the split is train, val or test if a folder says so."""
-    found, names = [], sorted(glob.glob("**/*", root_dir=folder, recursive=True))  # links too, hidden files not
+    found, names = [], sorted(Path(name).as_posix() for name in glob.glob("**/*", root_dir=folder, recursive=True))
     runs = tuple(name[:-11] for name in names if name.endswith("/config.json") and f"{name[:-11]}log.jsonl" in names)
     names = [name for name in names if not name.startswith(runs) and not os.path.isdir(Path(folder, name))]
     images = [name for name in names if name.lower().endswith(IMAGES) and os.path.exists(Path(folder, name))]
-    left_out = len([name for name in {*names} - {*images} if not name.endswith(others)])
+    left_out = sum(not name.endswith(others) for name in {*names} - {*images})
     if left_out:
         print(f"{folder}: files with other endings, or broken links, are left out: {left_out}")
     for name in images:
         *parts, _ = re.sub(SPLIT, r"\1/\2/", name).split("/")
         split = next((part for part in parts if part.lower() in SPLITS), "train")
-        parts = [part for part in parts if part not in ("", split)]
-        found.append((SPLITS[split.lower()], "/".join(parts), Path(folder, name)))
+        if split in parts:
+            parts.remove(split)
+        found.append((SPLITS[split.lower()], "/".join(filter(None, parts)), Path(folder, name)))
     return found or fail(f"{folder} has no images ({', '.join(IMAGES)})")
 
 
@@ -696,7 +701,9 @@ def read_image(file, white=65535):
     """An image as RGB with 8 bits, upright, transparent pixels on white. `white` is the brightest of 16 bits."""
     with explain_errors(f"{file} cannot be used as an image"), Image.open(file) as image:
         more_bands = 0 in getattr(image, "tag_v2", {}).get(338, ())  # of a TIFF, and not alpha
-        more_bands |= ";16" in str(image.tile) and not image.mode.startswith("I;16")  # Pillow gives 8 of 16 bits
+        more_bands |= bool(re.search(";16[BLN]", str(image.tile))) and not image.mode.startswith(
+            "I;16"
+        )  # Pillow gives 8 of 16 bits
         if image.mode not in MODES or more_bands or getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
             raise ValueError(f"mode {image.mode}; give 8 bits, or 16 bits in gray, one page")
         image = ImageOps.exif_transpose(image)
@@ -720,17 +727,19 @@ def save_grid(path, images, titles):
 def cache_images(args, groups, read, shape):
     """read(group) of all groups, tuples of files, as uint8 (N, *shape): done once and kept in --data-root/cache."""
     facts = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for group in groups for file in group]
-    facts += [shape, args.size, args.white, vars(args).get("source"), inspect.getsource(read_image)]
-    facts += [inspect.getsource(getattr(read, "func", read))]  # func, if it is a partial
+    facts += [shape, args.size, args.white, vars(args).get("source")]
+    facts += map(inspect.getsource, (read_image, getattr(read, "func", read)))  # a partial has func
     key = hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
     path = args.data_root / "cache" / f"{METHOD}-{key}.npy"
-    with FileLock(f"{path}.lock"), ThreadPoolExecutor() as pool, TemporaryDirectory(dir=path.parent) as folder:
+    part = path.with_suffix(".part")
+    with FileLock(f"{path}.lock"), ThreadPoolExecutor() as pool, contextlib.ExitStack() as stack:
         if not path.exists():
-            pixels = np.lib.format.open_memmap(f"{folder}/part", "w+", np.uint8, (len(groups), *shape))
+            stack.callback(part.unlink, missing_ok=True)  # nothing stays of a failed decoding
+            pixels = np.lib.format.open_memmap(part, "w+", np.uint8, (len(groups), *shape))
             print(f"decoding {len(groups)} images to {path}, {pixels.nbytes >> 20} MiB")
             for i, image in enumerate(tqdm(pool.map(read, groups), total=len(groups), delay=1, file=sys.stdout)):
                 pixels[i] = image
-            os.replace(f"{folder}/part", path)
+            os.replace(part, path)
     pixels = torch.from_numpy(np.load(path, mmap_mode="c"))
     fits = "cuda" in args.device and pixels.nbytes < torch.cuda.mem_get_info(args.device)[0] // 4
     return pixels.to(args.device) if fits else pixels
@@ -743,9 +752,13 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    end = None
     try:
         main()
     except KeyboardInterrupt:  # while nothing is trained
-        sys.exit(130)
-    if WORLD > 1:
+        end = 130
+    except SystemExit as error:  # without its traceback, which would hold the CUDA graph
+        end = error.code
+    if dist.is_initialized() and not isinstance(end, str):  # all processes are here, none has failed
         dist.destroy_process_group()
+    sys.exit(end)

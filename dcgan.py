@@ -37,7 +37,6 @@ import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
@@ -72,9 +71,7 @@ CRITICS = {"wgan": dict(k=5, lr=5e-5), "wgan-gp": dict(k=5, lr=1e-4)}  # losses,
 FIXED = "white size channels kernel nz ngf ndf loss k seed".split()
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 SPLITS = {"train": "train", "val": "val", "eval": "val", "dev": "val", "test": "test"}
-SPLIT = (
-    r"(?i)(?<![^/])(train|val|eval|dev|test)(?:ing|id|idation|uation|\d+)?[_-]?(?:set|images|data)?[_-]?((?-i:[AB])?)/"
-)
+SPLIT = r"(?<![^/])((?i:train|e?val|dev|test))(?i:ing|id|idation|uation|20\d\d)?[_-]?(?i:set|images|data)?[_-]?([AB]?)/"
 MODES = "1 L LA P PA RGB RGBA CMYK I;16 I;16B".split()  # the modes of Pillow that read_image takes
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
 
@@ -446,6 +443,8 @@ def check_args(args, may_be_zero):
     for name, value in vars(args).items():
         if type(value) in (int, float) and not (0 < value < math.inf or value == 0 and name in may_be_zero):
             fail(f"--{name.replace('_', '-')} {value}: give a number above 0")
+    if args.out and args.out.resolve() == Path(args.data).resolve():
+        fail(f"--out {args.out} is --data: give another folder")
     args.out = args.out or Path("runs", f"{SCRIPT}-{Path(args.data).resolve().name}")
     args.script = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
     args.batch_size += -args.batch_size % WORLD  # an equal share for each process of torchrun
@@ -488,7 +487,7 @@ class Run:
         with explain_errors(f"{args.out} is in use by another process"):
             self.lock.acquire(timeout=0)
         saved = {"settings": self.settings, "step": 0, "images_seen": 0, "log_size": 0}
-        if args.init:
+        if args.init and (args.fresh or not last.exists()) and RANK == 0:
             saved = load_checkpoint(args.init) | saved
         for old in [last, *args.out.glob("samples/*.png"), *args.out.glob("test/**/*.png")] if args.fresh else []:
             old.unlink(missing_ok=True)
@@ -520,12 +519,14 @@ class Run:
         handlers = {each: signal.signal(each, lambda each, frame: self.signals.append(each)) for each in stops}
         self.bar = tqdm(initial=self.start, total=self.last_step, delay=1, mininterval=2, file=sys.stdout)
         self.start_time = self.last_save = self.last_report = time.monotonic()
-        while self.step < self.last_step and not self.should_stop:
-            self.step, self.images_seen = self.step + 1, self.images_seen + batch
-            yield self.step
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        self.lock.release()
+        try:
+            while self.step < self.last_step and not self.should_stop:
+                self.step, self.images_seen = self.step + 1, self.images_seen + batch
+                yield self.step
+        finally:  # after an error, too
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+            self.lock.release()
         with contextlib.suppress(OSError):
             self.bar.close()
             done = "finished" if self.step == goal else "saved"
@@ -541,6 +542,7 @@ class Run:
         self.should_stop = number.item()
         due = self.step % args.save_every == 0 if args.save_every else now - self.last_save > 600
         save = due or self.should_stop or self.step == self.last_step
+        self.last_save = now if save else self.last_save
         with contextlib.suppress(OSError):  # a terminal or pipe may be closed
             self.bar.update()
         if save or now - self.last_report > 2:
@@ -559,8 +561,8 @@ class Run:
         checkpoint |= {"script": METHOD, "settings": self.settings, "step": self.step, "images_seen": self.images_seen}
         checkpoint["log_size"] = self.log.stat().st_size
         atomic_write(self.args.out / "last.pt", lambda part: torch.save(checkpoint, part))
-        (self.args.out / "config.json").write_text(json.dumps(self.settings | {"torch": torch.__version__}, indent=2))
-        self.last_save = time.monotonic()
+        config = json.dumps(self.settings | {"torch": torch.__version__}, indent=2)
+        atomic_write(self.args.out / "config.json", lambda part: part.write_text(config))
 
 
 def set_seed(args, step):
@@ -575,7 +577,7 @@ def load_checkpoint(run):
     if not path.exists():
         fail(f"there is no {path}: train first, or name another run")
     with explain_errors(f"{path} is not a checkpoint of {METHOD}"):
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=os.name != "nt")
         assert checkpoint["script"] == METHOD, f"it is one of {checkpoint['script']}"
         assert isinstance(checkpoint["settings"], dict), "it has no settings"
     return checkpoint
@@ -626,18 +628,19 @@ def capture(step, args):
 
 def find_images(folder, others=()):
     """[(split, folders, file)] of all images below `folder`; the split is train, val or test if a folder says so."""
-    found, names = [], sorted(glob.glob("**/*", root_dir=folder, recursive=True))  # links too, hidden files not
+    found, names = [], sorted(Path(name).as_posix() for name in glob.glob("**/*", root_dir=folder, recursive=True))
     runs = tuple(name[:-11] for name in names if name.endswith("/config.json") and f"{name[:-11]}log.jsonl" in names)
     names = [name for name in names if not name.startswith(runs) and not os.path.isdir(Path(folder, name))]
     images = [name for name in names if name.lower().endswith(IMAGES) and os.path.exists(Path(folder, name))]
-    left_out = len([name for name in {*names} - {*images} if not name.endswith(others)])
+    left_out = sum(not name.endswith(others) for name in {*names} - {*images})
     if left_out:
         print(f"{folder}: files with other endings, or broken links, are left out: {left_out}")
     for name in images:
         *parts, _ = re.sub(SPLIT, r"\1/\2/", name).split("/")
         split = next((part for part in parts if part.lower() in SPLITS), "train")
-        parts = [part for part in parts if part not in ("", split)]
-        found.append((SPLITS[split.lower()], "/".join(parts), Path(folder, name)))
+        if split in parts:
+            parts.remove(split)
+        found.append((SPLITS[split.lower()], "/".join(filter(None, parts)), Path(folder, name)))
     return found or fail(f"{folder} has no images ({', '.join(IMAGES)})")
 
 
@@ -645,7 +648,9 @@ def read_image(file, white=65535):
     """An image as RGB with 8 bits, upright, transparent pixels on white. `white` is the brightest of 16 bits."""
     with explain_errors(f"{file} cannot be used as an image"), Image.open(file) as image:
         more_bands = 0 in getattr(image, "tag_v2", {}).get(338, ())  # of a TIFF, and not alpha
-        more_bands |= ";16" in str(image.tile) and not image.mode.startswith("I;16")  # Pillow gives 8 of 16 bits
+        more_bands |= bool(re.search(";16[BLN]", str(image.tile))) and not image.mode.startswith(
+            "I;16"
+        )  # Pillow gives 8 of 16 bits
         if image.mode not in MODES or more_bands or getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
             raise ValueError(f"mode {image.mode}; give 8 bits, or 16 bits in gray, one page")
         image = ImageOps.exif_transpose(image)
@@ -669,17 +674,19 @@ def save_grid(path, images, titles):
 def cache_images(args, groups, read, shape):
     """read(group) of all groups, tuples of files, as uint8 (N, *shape): done once and kept in --data-root/cache."""
     facts = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for group in groups for file in group]
-    facts += [shape, args.size, args.white, vars(args).get("source"), inspect.getsource(read_image)]
-    facts += [inspect.getsource(getattr(read, "func", read))]  # func, if it is a partial
+    facts += [shape, args.size, args.white, vars(args).get("source")]
+    facts += map(inspect.getsource, (read_image, getattr(read, "func", read)))  # a partial has func
     key = hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
     path = args.data_root / "cache" / f"{METHOD}-{key}.npy"
-    with FileLock(f"{path}.lock"), ThreadPoolExecutor() as pool, TemporaryDirectory(dir=path.parent) as folder:
+    part = path.with_suffix(".part")
+    with FileLock(f"{path}.lock"), ThreadPoolExecutor() as pool, contextlib.ExitStack() as stack:
         if not path.exists():
-            pixels = np.lib.format.open_memmap(f"{folder}/part", "w+", np.uint8, (len(groups), *shape))
+            stack.callback(part.unlink, missing_ok=True)  # nothing stays of a failed decoding
+            pixels = np.lib.format.open_memmap(part, "w+", np.uint8, (len(groups), *shape))
             print(f"decoding {len(groups)} images to {path}, {pixels.nbytes >> 20} MiB")
             for i, image in enumerate(tqdm(pool.map(read, groups), total=len(groups), delay=1, file=sys.stdout)):
                 pixels[i] = image
-            os.replace(f"{folder}/part", path)
+            os.replace(part, path)
     pixels = torch.from_numpy(np.load(path, mmap_mode="c"))
     fits = "cuda" in args.device and pixels.nbytes < torch.cuda.mem_get_info(args.device)[0] // 4
     return pixels.to(args.device) if fits else pixels
@@ -692,9 +699,13 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    end = None
     try:
         main()
     except KeyboardInterrupt:  # while nothing is trained
-        sys.exit(130)
-    if WORLD > 1:
+        end = 130
+    except SystemExit as error:  # without its traceback, which would hold the CUDA graph
+        end = error.code
+    if dist.is_initialized() and not isinstance(end, str):  # all processes are here, none has failed
         dist.destroy_process_group()
+    sys.exit(end)

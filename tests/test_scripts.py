@@ -318,12 +318,12 @@ def test_loss_not_finite(row, call, tmp_path):
 
 
 LIMITS = {  # lines of the method, lines, bytes: no file grows beyond this
-    "pix2pix": (144, 740, 42_200),
-    "cyclegan": (220, 755, 42_700),
-    "gan": (180, 670, 36_700),
-    "cgan": (210, 705, 37_400),
-    "dcgan": (150, 705, 39_100),
-    "text2img": (270, 960, 52_800),
+    "pix2pix": (144, 755, 43_000),
+    "cyclegan": (220, 765, 43_400),
+    "gan": (180, 675, 37_000),
+    "cgan": (210, 710, 37_800),
+    "dcgan": (150, 715, 39_700),
+    "text2img": (270, 975, 53_500),
 }
 FOLDERS = {"bench": (2500, 125_000), "tests": (4500, 220_000)}
 
@@ -358,7 +358,7 @@ def shared_block(name):
                     line for line in part.body if not (isinstance(line, ast.If) and "WORLD" in ast.unparse(line.test))
                 ]
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
-            found[node.name] = re.sub(r" (and RANK == 0|\+ RANK)|\n.*% WORLD", "", ast.unparse(node))
+            found[node.name] = re.sub(r" (and \(?RANK == 0\)?|\+ RANK)|\n.*% WORLD", "", ast.unparse(node))
     return found
 
 
