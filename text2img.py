@@ -18,7 +18,9 @@ Last, G is fixed and S learns to find its z:  min_S |z - S(G(z, t))|^2          
 Departures: residual branches (--no-residual) and batch norm on D's text are in the authors' code alone. All pairs pass
 D's last layers in one batch, and one pass serves both updates: in passes apart, as in their code, batch norm let D tell
 right from wrong by the batch. V is a small network, not a GoogLeNet; gradients of E and V are clipped. Codes have mean
-0 and spread 1. Toy takes the nearest of 32 wrong sentences (--near): most differ in a colour, and D ignored the form.
+0 and spread 1. Toy takes the nearest of 16 wrong sentences (--near): most differ in a colour, and D ignored the form.
+Toy shows D two images of a sentence at once (--pack; Lin et al. 2018, arXiv:1712.04086): with one, G ignored z. Its
+inks are lighter than its grounds: G then moves shapes by z alike in all sentences, so that S finds where they are.
 """
 
 import argparse
@@ -54,16 +56,18 @@ from tqdm import tqdm
 
 METHOD, SCRIPT = "text2img", Path(__file__).stem
 SETS = {  # the named sets, and which defaults each changes
-    "toy": dict(size=32, load_size=34, text=512, nt=64, nz=32, ngf=32, ndf=32, nef=64, nif=96, no_residual=True)
-    | dict(near=32, average=1, batch_size=32, lr=4e-4, text_lr=1e-3, text_epochs=20, epochs=80, style_epochs=4)
-    | dict(halve_every=27, save_every=1000),
+    "toy": dict(size=32, load_size=34, text=256, nt=32, nz=16, ngf=32, ndf=32, nef=64, nif=96, no_residual=True, pack=2)
+    | dict(near=16, average=1, batch_size=32, lr=4e-4, text_lr=1e-3, text_epochs=12, epochs=42, style_epochs=6)
+    | dict(halve_every=14, save_every=1000),
 }
-FIXED = "white size load_size no_cls no_int no_residual text nt nz ngf ndf nef nif near average seed".split()
+FIXED = "white size load_size no_cls no_int no_residual text nt nz ngf ndf nef nif near average pack seed".split()
 FIXED += ["text_epochs", "style_epochs"]  # else the phases before the one that is reached would shift
 ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789-,;.!?:'\"/\\|_@#$%^&*~`+-=<>()[]{} "  # as in the authors' code
-INKS = {"red": (215, 40, 40), "green": (40, 160, 60), "blue": (45, 75, 215), "yellow": (240, 215, 50)}
-INKS |= {"white": (235, 235, 235), "black": (30, 30, 30), "pink": (245, 130, 190), "cyan": (70, 200, 215)}
-VALUES = ("circle", "ring", "bar"), tuple(INKS), ("small", "large"), tuple(INKS)  # form, ink, size, ground
+INKS = {"white": (240, 240, 240), "yellow": (245, 220, 60), "pink": (250, 130, 190), "cyan": (90, 220, 235)}
+INKS |= {"green": (90, 215, 90)}
+GROUNDS = {"black": (45, 45, 45), "blue": (45, 50, 140), "red": (140, 45, 45), "purple": (105, 45, 125)}
+GROUNDS |= {"teal": (40, 95, 95)}
+VALUES = ("circle", "ring", "bar"), tuple(INKS), ("small", "large"), tuple(GROUNDS)  # form, ink, size, ground
 SENTENCES = [
     "a {2} {1} {0} on a {3} background",
     "on a {3} background a {2} {1} {0}",
@@ -96,6 +100,7 @@ def get_args(argv=None):
     add("--no-residual", action="store_true", help="the networks of the paper, without residual branches")
     add("--near", type=int, default=1, help="wrong sentences, of which the nearest is taken")
     add("--average", type=int, default=4, help="captions of an image whose codes are averaged")
+    add("--pack", type=int, default=1, help="images of a sentence that D sees at once (PacGAN)")
     add("--text", type=int, default=1024, help="numbers in a code")
     add("--nt", type=int, default=128, help="numbers it is compressed to in G and D")
     add("--nz", type=int, default=100, help="numbers in z")
@@ -224,12 +229,12 @@ class Generator(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """x (N, 3, size, size) in [-1, 1] and codes (N, text) -> logits (N,) (Fig. 2)."""
+    """x (N, 3 * pack, size, size) in [-1, 1] and codes (N, text) -> logits (N,) (Fig. 2)."""
 
-    def __init__(self, size=64, text=1024, nt=128, ndf=64, residual=True):
+    def __init__(self, size=64, text=1024, nt=128, ndf=64, residual=True, pack=1):
         super().__init__()
         width, act = [ndf * 2**i for i in range(int(math.log2(size)) - 2)], nn.LeakyReLU(0.2)  # 64, 128, 256, 512
-        layers, c = [nn.Conv2d(3, ndf, 4, 2, 1)], width[-1]
+        layers, c = [nn.Conv2d(3 * pack, ndf, 4, 2, 1)], width[-1]
         for a, b in zip(width, width[1:]):  # no activation after the third convolution, as in the authors' code
             layers += ([act] if b < c or a == ndf else []) + [nn.Conv2d(a, b, 4, 2, 1), nn.BatchNorm2d(b)]
         self.of_x = nn.Sequential(*layers, *([Residual(c, act)] if residual else []), act)
@@ -294,7 +299,7 @@ def build(args):
     for weight in state["E"].parameters():  # .08, and more where it is narrower than the authors'
         nn.init.uniform_(weight, -0.08 * math.sqrt(256 / args.nef), 0.08 * math.sqrt(256 / args.nef))
     state["G"] = init_weights(Generator(size, text, nt, nz, args.ngf, not args.no_residual))
-    state["D"] = init_weights(Discriminator(size, text, nt, args.ndf, not args.no_residual))
+    state["D"] = init_weights(Discriminator(size, text, nt, args.ndf, not args.no_residual, args.pack))
     state["S"] = init_weights(StyleEncoder(size, nz, args.ndf))
     for net in state.values():
         net.to(args.device)
@@ -326,11 +331,11 @@ def make_text_step(args, state):
 
 
 def make_step(args, state):
-    """Returns `step(x, t, wrong)`: one update of D and G on x (B, 3, size, size) in [-1, 1]. It returns 0-d losses.
+    """Returns `step(x, t, wrong)`: one update of D and G on x (B, 3 * pack, size, size). It returns 0-d losses.
 
-    t are codes (B, text) of sentences about x, wrong those of sentences about something else.
+    Images in [-1, 1] of one class each, t codes (B, text) of sentences about them, wrong those about something else.
     """
-    G, D, opt_G, opt_D = state["G"], state["D"], state["opt_G"], state["opt_D"]
+    G, D, opt_G, opt_D, pack = state["G"], state["D"], state["opt_G"], state["opt_D"], args.pack
 
     def step(x, t, wrong):
         half, wrong = len(t) // 2, t[:0] if args.no_cls else wrong
@@ -339,7 +344,8 @@ def make_step(args, state):
         opt_D.zero_grad()
         opt_G.zero_grad()
         with torch.autocast(x.device.type, torch.bfloat16, args.precision == "bf16"):
-            fake = G(torch.randn(len(asked), args.nz, device=x.device), asked)
+            fake = G(torch.randn(len(asked) * pack, args.nz, device=x.device), asked.repeat_interleave(pack, 0))
+            fake = fake.unflatten(0, (-1, pack)).flatten(1, 2)
             on_x, on_fake = D.of_x(x), D.of_x(fake)
             features = torch.cat([on_x, on_x[: len(wrong)], on_fake])
             logits = D.match(features, torch.cat([t, wrong, asked]))
@@ -406,22 +412,25 @@ def train(args):
 def shapes(count, seed, held_out=False, size=64):
     """Toy images, uint8 (count, 3, size, size), five captions of each, and labels (count, 4): numbers in VALUES.
 
-    A sixth of the combinations of form, ink, size and ground comes with `held_out`, and only then.
+    A sixth of the combinations of form, ink, size and ground comes with `held_out`, and only then. No caption tells
+    whether a shape is left or right of the middle, and how light falls on the ground: that is style.
     """
     every = np.array([*itertools.product(*map(range, map(len, VALUES)))])
-    every = np.random.default_rng(0).permutation(every[every[:, 1] != every[:, 3]])
+    every = np.random.default_rng(0).permutation(every)
     kinds = every[: len(every) // 6] if held_out else every[len(every) // 6 :]
     rng = np.random.default_rng([seed, held_out])
     labels = kinds[rng.integers(len(kinds), size=count)]
-    images, inks = np.empty((count, 3, size, size), np.uint8), np.array([*INKS.values()])
+    images, inks = np.empty((count, 3, size, size), np.uint8), np.array([*INKS.values(), *GROUNDS.values()])
     pixel, captions = (np.arange(size, dtype=np.float32) + 0.5) / size, []
     for image, (form, ink, large, ground) in zip(images, labels):
-        radius = rng.uniform(*((0.22, 0.25), (0.36, 0.4))[large])
-        u, v = (pixel - rng.uniform(0.46, 0.54)) / radius, (pixel[:, None] - rng.uniform(0.46, 0.54)) / radius
+        left, slope = rng.choice((0.32, 0.68)) + rng.uniform(-0.02, 0.02), rng.uniform(-80, 80)
+        radius = rng.uniform(*((0.16, 0.18), (0.26, 0.29))[large])
+        u, v = (pixel - left) / radius, (pixel[:, None] - rng.uniform(0.48, 0.52)) / radius
         away = np.hypot(u, v)
         edges = away, abs(away - 0.75) * 4, np.maximum(abs(u), abs(v) * 2.5)
         inside = ((1 - edges[form]) * radius * size + 0.5).clip(0, 1)[..., None]
-        fore, back = inks[[ink, ground]] + rng.normal(0, 12, (2, 3))
+        fore, back = inks[[ink, len(INKS) + ground]] + rng.normal(0, 6, (2, 3))
+        back = back + slope * (pixel[:, None, None] - 0.5)
         image[:] = (back + inside * (fore - back)).clip(0, 255).transpose(2, 0, 1)
         sizes = ("small little tiny", "large big huge")[large].split()
         words = [[VALUES[0][form], VALUES[1][ink], sizes[n], VALUES[3][ground]] for n in rng.integers(0, 3, 5)]
@@ -531,7 +540,8 @@ def batches(args, E, data, images_seen):
     """Yields the phase, the epoch, and what the step of the phase takes. Put your own loader here.
 
     Phase 0: x (B, 3, size, size) in [-1, 1], characters (B, 201) of a caption of each, and classes (B,), as many as
-    there are. 1: x, codes t (B, text) averaged over --average captions, and of other classes. 2: t.
+    there are. 1: x (B, 3 * pack, size, size) of images of one class, codes t (B, text) of the first, averaged over
+    --average captions, and of other classes. 2: t.
     """
     batch, size, count, codes = args.batch_size, args.size, len(data.kinds), None
     orders = functools.lru_cache(2)(lambda epoch: np.random.default_rng([args.seed, epoch]).permutation(count))
@@ -561,12 +571,14 @@ def batches(args, E, data, images_seen):
         if phase == 2:
             yield phase, epoch, codes_of(chosen)[share]
             continue
-        crops = []
-        for image in chosen.tolist():
+        crops, pack = [], args.pack if phase else 1
+        packs = [chosen, *[images_of(data.kinds[chosen]) for _ in range(pack - 1)]]
+        for image in np.stack(packs, 1).ravel().tolist():
             top, left = (rng.integers(args.load_size - size + 1) for _ in range(2))
             crop = data.pixels[image, :, top : top + size, left : left + size]
             crops.append(crop.flip(-1) if rng.random() < 0.5 else crop)
-        x = to_device(args, torch.stack(crops[share])) / 127.5 - 1
+        x = torch.stack(crops).unflatten(0, (batch, pack)).flatten(1, 2)[share]
+        x = to_device(args, x) / 127.5 - 1
         if phase == 0:
             yield phase, epoch, x, data.said[captions_of(chosen, 1)[:, 0]], to_device(args, kinds)
             continue

@@ -60,6 +60,33 @@ def draw(run, sentences, seed):
         return torch.stack([pil_to_tensor(read_image(file)) for file in sorted(to.glob("*.png"))])
 
 
+def look(images):
+    """Where shapes are, from left to right, and how grounds slope, downwards: (N,) each, of uint8 (N, 3, S, S)."""
+    pixels, way = images.float(), torch.linspace(-1, 1, images.shape[3])
+    ground = (pixels[..., :1] + pixels[..., -1:]) / 2  # of each row, at the edges
+    shape = (pixels - ground).abs().amax(1).sub(40).clamp(min=0).sum(1)  # in each column
+    return shape @ way / shape.sum(1).clamp(min=1), ground.mean((1, 3)) @ way
+
+
+@torch.no_grad()
+def styles(run, real, captions):
+    """How far z moves shape and slope, against real images, and how G keeps those of x, from S(x) and another sentence.
+
+    `*_spread` is the spread over 8 z of one sentence over that of `real`, `style_*` the correlation with `real`.
+    """
+    E, G = text2img.load_networks(run)
+    S = text2img.StyleEncoder(G.settings.size, G.settings.nz, G.settings.ndf).eval()
+    S.load_state_dict(text2img.load_checkpoint(run)["S"])
+    t = text2img.encode(E, text2img.spell([lines[0] for lines in captions]))
+    z = torch.randn(8 * len(t), G.settings.nz, generator=torch.Generator().manual_seed(0))
+    drawn = look(text2img.draw(G.settings, G, z, t.repeat_interleave(8, 0)))
+    kept, row = look(text2img.draw(G.settings, G, S(real / 127.5 - 1), t.roll(1, 0))), {}
+    for name, given, some, same in zip(("position", "ground"), look(real), drawn, kept):
+        row[f"{name}_spread"] = (some.view(-1, 8).var(1).mean().sqrt() / given.std()).item()
+        row[f"style_{name}"] = torch.corrcoef(torch.stack([same, given]))[0, 1].item()
+    return row
+
+
 def options(parser):
     """What it takes."""
     add = parser.add_argument
@@ -84,5 +111,5 @@ def main(args):
     right, right_real = (classify(net, some).eq(labels) for some in (images, real))
     row = {"measure": "shapes", "run": args.run.name, "weights": file_hash(FILE), "seed": args.seed}
     row |= {"n_samples": len(images), "right": right.all(1).double().mean().item()}
-    row |= dict(zip(PARTS, right.double().mean(0).tolist()))
+    row |= dict(zip(PARTS, right.double().mean(0).tolist())) | styles(args.run, real[:200], captions[:200])
     return row | {"classifier_accuracy": right_real.all(1).double().mean().item()}

@@ -76,7 +76,8 @@ def circumstances(device):
 def draw_batch(script, args):
     """What `step` takes, as random numbers: images (N, C, S, S), and labels (N,) or two codes of text (N, text)."""
     settings, count = vars(args), args.batch_size * vars(args).get("k", 1)
-    x, y = 2 * torch.rand(2, count, settings.get("channels", 3), args.size, args.size, device=args.device) - 1
+    channels = settings.get("channels", 3 * settings.get("pack", 1))
+    x, y = 2 * torch.rand(2, count, channels, args.size, args.size, device=args.device) - 1
     if script in ("pix2pix", "cyclegan"):
         return [x, y]
     if script == "cgan":

@@ -52,6 +52,7 @@ def test_shares_by_hand(run, tmp_path, monkeypatch, capsys):
     seen[2:, 0] = (seen[2:, 0] + 1) % 3
     seen[3, 1] = (seen[3, 1] + 1) % 6
     seen[1:, 2] = 1 - seen[1:, 2]
+    monkeypatch.setattr(shapes, "styles", lambda run, real, captions: {})
     monkeypatch.setattr(shapes, "classify", lambda net, images: seen if images.shape[2] == 1 else labels)
     main(f"shapes --run {run} --count 4 --seed 7 --out {tmp_path / 'out.json'}".split())
     row = json.loads((tmp_path / "out.json").read_text())

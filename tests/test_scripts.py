@@ -323,7 +323,7 @@ LIMITS = {  # lines of the method, lines, bytes: no file grows beyond this
     "gan": (180, 675, 37_000),
     "cgan": (210, 710, 37_800),
     "dcgan": (150, 715, 39_700),
-    "text2img": (270, 975, 53_500),
+    "text2img": (270, 990, 54_600),
 }
 FOLDERS = {"bench": (2500, 125_000), "tests": (4500, 220_000)}
 
