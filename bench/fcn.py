@@ -62,9 +62,7 @@ def confusion(truth, seen, classes):
 
 def scores(counts):
     """Pixel accuracy, class accuracy and class IoU of what `confusion` counted.
-
-    The latter two are means over the classes that the truth holds. (In the authors' util.py absent ones count as 0.)
-    """
+    The latter two are means over the classes that the truth holds. (In the authors' util.py absent ones count as 0.)"""
     counts, right = counts.double(), counts.diagonal().double()
     truth, seen = counts.sum(1), counts.sum(0)[: len(right)]
     held = truth > 0
@@ -110,9 +108,7 @@ def toy(split, size):
 
 def pairs(folder, split):
     """Photo and label map side by side in SPLIT/NAME.jpg, photo left, and class ids in SPLIT_ids/NAME.png.
-
-    Without a test split val is taken. All ids but 255 are classes; those of CamVid are known.
-    """
+    Without a test split val is taken. All ids but 255 are classes; those of CamVid are known."""
     part = split if split == "train" or (folder / split).is_dir() else "val"
     images, ids = find_images(folder / part, "--data"), find_images(folder / f"{part}_ids", "--data")
     if alone := sorted(images.keys() ^ ids.keys()):
@@ -212,9 +208,7 @@ def nearest(palette, image, shape):
 
 class Small(nn.Module):
     """Pairs of 3x3 convolutions at strides 1, 2, 4, ... 32; the scores of each, enlarged, are added up as in FCN-8s.
-
-    x (N, 3, H, W) in [0, 1], H and W 32 or more -> scores (N, classes, H, W).
-    """
+    x (N, 3, H, W) in [0, 1], H and W 32 or more -> scores (N, classes, H, W)."""
 
     def __init__(self, classes, widths):
         super().__init__()
@@ -259,9 +253,7 @@ def train(net, scenes, shape, epochs, device):
 
 def find_segmenter(scenes, shape, epochs, cache, device):
     """A network that has learned from `scenes`, shrunk to `shape` (H, W); trained, if no file in `cache` has it.
-
-    Gives back a function like `see` of a photo and a shape, the name of the network and its file's hash.
-    """
+    Gives back a function like `see` of a photo and a shape, the name of the network and its file's hash."""
     facts = [scenes.stamp, scenes.classes, scenes.names, shape, epochs]
     path = cache / f"scorer-{shape[1]}x{shape[0]}-{hashlib.sha1(repr(facts).encode()).hexdigest()[:8]}.pt"
     if (scenes.stamp, shape) == ("toy", (64, 64)):

@@ -17,9 +17,7 @@ MEAN = (72.78044, 83.21195, 73.45286)  # of blue, green and red, which the autho
 
 class FCN8s(nn.Module):
     """Scores at strides 32, 16 and 8, enlarged by learned filters and added up, cropped to the image.
-
-    x (N, 3, H, W), RGB in [0, 1] -> scores (N, classes, H, W).
-    """
+    x (N, 3, H, W), RGB in [0, 1] -> scores (N, classes, H, W)."""
 
     def __init__(self, classes=20, widths=(64, 128, 256, 512, 512), hidden=4096):
         super().__init__()

@@ -80,9 +80,7 @@ def extract(net, images, device):
 
 def compare(samples, real):
     """KID with its deviation over subsets, FID, precision and recall of two sets of features (N, D).
-
-    KID's subsets have 1,000 images, or half of the smaller set if that has no more.
-    """
+    KID's subsets have 1,000 images, or half of the smaller set if that has no more."""
     few = min(len(samples), len(real))
     subset = 1000 if few > 1000 else few // 2
     statistics = map(fid_features_to_statistics, (samples, real))

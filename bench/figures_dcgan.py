@@ -40,9 +40,7 @@ def average(D, x):
 
 def hidden(D, x, guided=False):
     """The outputs of D's LeakyReLUs for x (N, C, S, S): the features of every convolution but the last.
-
-    `guided` lets gradients pass where they and the input of the LeakyReLU are positive, as is the rule for ReLU.
-    """
+    `guided` lets gradients pass where they and the input of the LeakyReLU are positive, as is the rule for ReLU."""
     found = []
     for layer in D.layers[:-1]:
         if guided and isinstance(layer, nn.LeakyReLU):
@@ -69,9 +67,7 @@ def guide(D, x, filter):
 
 def exciting(D, x, filters=6, count=6):
     """Pairs of image and guided gradient, (filters * count * 2, C, S, S) in [0, 1].
-
-    For each of the first filters of the last hidden layer the `count` images of x that excite it most, anywhere.
-    """
+    For each of the first filters of the last hidden layer the `count` images of x that excite it most, anywhere."""
     with torch.no_grad():
         answers = torch.cat([hidden(D, some)[-1][:, :filters].amax((2, 3)) for some in x.split(500)])
     pairs = []
@@ -95,9 +91,7 @@ def pooled(D, x):
 
 def fit(x, targets, cost):
     """An L2-SVM of x (N, features) for each class of targets +-1 (N, classes): weights (features, classes) and bias.
-
-    It minimises |weights|^2 / 2 + cost * sum of max(0, 1 - target * (x @ weights + bias))^2.
-    """
+    It minimises |weights|^2 / 2 + cost * sum of max(0, 1 - target * (x @ weights + bias))^2."""
     weights = torch.zeros(x.shape[1], targets.shape[1], requires_grad=True)
     bias = torch.zeros(targets.shape[1], requires_grad=True)
     optimiser = torch.optim.LBFGS([weights, bias], max_iter=200, line_search_fn="strong_wolfe")
@@ -145,9 +139,7 @@ def options(parser):
 
 def main(args):
     """Paint --to/dcgan-guided.png: what excites D, beside a random one, and why. The row is that of the probe.
-
-    It has accuracies with all labels and with a few, by features of both and by pixels.
-    """
+    It has accuracies with all labels and with a few, by features of both and by pixels."""
     settings, trained, random = load(args.run)
     if settings.data not in ("toy", "mnist") or settings.size != 28:
         fail(f"--run {args.run} is not of digits of 28x28 pixels: there are no labels to probe it with")

@@ -31,7 +31,7 @@ def metric(value, row, **more):
     """A metric, with what the row of a measure says of its counts and features."""
     counts = {"n_samples": row["n_samples"], "n_real": row.get("n_real", row.get("n_test", row["n_samples"]))}
     features = f"{row.get('features', 'pixels')} {row.get('weights', '')}".strip()
-    return {"value": value, **counts, "features": features, **more}
+    return {"value": value, **counts, "features": features} | more
 
 
 def judge_translations(run, folder, args, of):
@@ -51,6 +51,8 @@ def judge_sentences(run, folder, args):
     row |= measure(shapes, "--run", folder, "--seed", run.seed)
     found = {name: metric(row[name], row) for name in ("right", *shapes.PARTS)}
     found["right"]["real"] = row["classifier_accuracy"]
+    for name in ("position_spread", "ground_spread", "style_position", "style_ground"):
+        found[name] = metric(row[name], row, features="pixels")
     return found
 
 

@@ -28,6 +28,7 @@ from bench.speed import circumstances
 PHOTO, LABELS = "photo_pixel photo_class photo_iou", "labels_pixel labels_class labels_iou"
 ALL = "photo_iou labels_iou right kid missing log_likelihood images_per_s minutes peak_mib"
 REAL = {name: ("0.80", "0.26", "0.21") for name in ("losses", "generators", "patches")}  # the paper's, of real images
+TEXT = "right form ink size ground position_spread ground_spread style_position style_ground"
 TABLES = {  # title, columns (their headings are in columns.py), source of the paper's numbers
     "methods": ("Every method", ALL, ""),
     "losses": ("pix2pix, losses: labels to photo", PHOTO, "Isola et al. 2017, Table 1, Cityscapes"),
@@ -35,7 +36,7 @@ TABLES = {  # title, columns (their headings are in columns.py), source of the p
     "patches": ("pix2pix, what D sees at once: labels to photo", PHOTO, "Isola et al. 2017, Table 2, Cityscapes"),
     "labels": ("pix2pix, losses: photo to labels", LABELS, "Isola et al. 2017, Table 5, Cityscapes"),
     "unpaired": ("CycleGAN, terms", f"{PHOTO} {LABELS}", "Zhu et al. 2017, Tables 2 and 3, Cityscapes at 128 pixels"),
-    "text": ("text2img, sentences of unseen combinations", "right form ink size ground", ""),
+    "text": ("text2img, sentences of unseen combinations", TEXT, ""),
     "parzen": ("GAN and cGAN, Parzen windows", "log_likelihood missing as_asked", "their Table 1, MNIST"),
     "variants": ("DCGAN, losses", "kid fid precision recall missing uneven steps", ""),
 }
