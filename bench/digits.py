@@ -61,7 +61,7 @@ def classify(net, images):
 
 def main(args):
     """The row of --samples: the share of each digit and, of names that end in -LABEL, how often it is the one asked.
-    `uneven` is half the sum of what the shares of the ten digits are away from a tenth: 0 for equal shares, .9 for one."""
+    `uneven` is half the sum of what the shares of the ten digits are away from a tenth: 0 if equal, .9 for one."""
     images, names = read_samples(args.samples)
     net, (real, labels) = classifier(args.data, args.data_root), read_digits(args.data, args.data_root, "test")
     seen, accuracy = classify(net, images), classify(net, real).eq(labels).double().mean().item()
