@@ -506,7 +506,8 @@ class Run:
         with explain_errors(f"{last if last.exists() else args.init or last} has other networks, or is damaged"):
             if saved["settings"].get("images") != self.settings.get("images"):
                 fail(f"{args.out} has learned from other images: give those, or --fresh, or another --out")
-            self.step, self.images_seen, self.log_size = saved["step"], saved["images_seen"], saved["log_size"]
+            counts = saved["step"], saved["images_seen"], saved["log_size"]
+            self.step, self.images_seen, self.log_size = map(int, counts)
             networks = [name for name in state if args.init and not name.startswith(("opt", "pool"))]
             for name in state if self.step else networks:
                 if name.startswith("opt"):  # with the current rate and device
