@@ -461,11 +461,12 @@ def check_args(args, may_be_zero):
 
 
 def check_settings(args, use=False):
-    """Compare the settings with those of the run: to resume it, what is FIXED may not change; to `use` it, it may."""
+    """Compare the settings with those of the run. To resume it, what is FIXED may not differ; to `use` it, say so."""
     resumed = not args.fresh and (args.out / "last.pt").exists()
     saved = load_checkpoint(args.out)["settings"] if resumed else {}
     changed = {name: value for name, value in saved.items() if name in args and value != getattr(args, name)}
-    changed.pop("seed" if use else "", None)  # it may be another then
+    if use:
+        changed.pop("seed", None)  # images may be drawn with another
     fixed = [f"--{name} {value}".replace("_", "-") for name, value in changed.items() if name in FIXED]
     options = re.sub(r"(\S+) (None|False)\b", r"no \1", ", ".join(fixed).replace("--source", "--from"))
     if fixed and not use:
@@ -630,7 +631,8 @@ def capture(step, args):
 def find_images(folder, others=()):
     """[(split, folders, file)] of all images below `folder`; the split is train, val or test if a folder says so."""
     found, names = [], sorted(Path(name).as_posix() for name in glob.glob("**/*", root_dir=folder, recursive=True))
-    runs = tuple(name[:-11] for name in names if name.endswith("/config.json") and f"{name[:-11]}log.jsonl" in names)
+    runs = {str(Path(name).parent) for name in names if name.endswith("/config.json")}
+    runs = tuple(f"{run}/" for run in runs if f"{run}/log.jsonl" in names)
     names = [name for name in names if not name.startswith(runs) and not os.path.isdir(Path(folder, name))]
     images = [name for name in names if name.lower().endswith(IMAGES) and os.path.exists(Path(folder, name))]
     left_out = sum(not name.endswith(others) for name in {*names} - {*images})
@@ -649,10 +651,8 @@ def read_image(file, white=65535):
     """An image as RGB with 8 bits, upright, transparent pixels on white. `white` is the brightest of 16 bits."""
     with explain_errors(f"{file} cannot be used as an image"), Image.open(file) as image:
         more_bands = 0 in getattr(image, "tag_v2", {}).get(338, ())  # of a TIFF, and not alpha
-        more_bands |= bool(re.search(";16[BLN]", str(image.tile))) and not image.mode.startswith(
-            "I;16"
-        )  # Pillow gives 8 of 16 bits
-        if image.mode not in MODES or more_bands or getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
+        deep = re.search(";16[BLN]", str(image.tile)) and image.mode[:4] != "I;16"  # colour: Pillow drops bits
+        if image.mode not in MODES or more_bands or deep or getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
             raise ValueError(f"mode {image.mode}; give 8 bits, or 16 bits in gray, one page")
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I;16"):

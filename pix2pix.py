@@ -58,9 +58,7 @@ SETS = {  # the named sets, and which defaults each changes
 FIXED = "direction source white size load_size no_mirror loss lambda_l1 no_skips ngf ndf n_layers seed".split()
 CHANNELS = {None: (3, 3), "gray": (1, 2), "hole": (3, 3)}  # of x and y, by --from; gray is L and ab of CIE Lab
 RGB, LAB = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
-LAYOUTS = (
-    "give images with A and B side by side, or folders named A and B, either of them in train and test if you like"
-)
+LAYOUTS = "give images with A and B side by side, or folders named A and B, also within train and test"
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 SPLITS = {"train": "train", "val": "val", "eval": "val", "dev": "val", "test": "test"}
 SPLIT = r"(?<![^/])((?i:train|e?val|dev|test))(?i:ing|id|idation|uation|20\d\d)?[_-]?(?i:set|images|data)?[_-]?([AB]?)/"
@@ -357,9 +355,7 @@ def to_tensor(args, image):
 
 def to_xy(args, pixels):
     """uint8 (N, C, H, W) to x and y in [-1, 1] on the device; --from hole cuts the middle, half as wide, out of x."""
-    pixels = (
-        pixels.pin_memory() if "cuda" in args.device and not pixels.is_cuda else pixels
-    )  # a copy that the CPU need not wait for
+    pixels = pixels.pin_memory() if "cuda" in args.device and not pixels.is_cuda else pixels  # the CPU need not wait
     x, y = (pixels.to(args.device, non_blocking=True) / 127.5 - 1).tensor_split([CHANNELS[args.source][0]], 1)
     if args.source == "hole":
         top, left = x.shape[2] // 4, x.shape[3] // 4
@@ -502,11 +498,12 @@ def check_args(args, may_be_zero):
 
 
 def check_settings(args, use=False):
-    """Compare the settings with those of the run: to resume it, what is FIXED may not change; to `use` it, it may."""
+    """Compare the settings with those of the run. To resume it, what is FIXED may not differ; to `use` it, say so."""
     resumed = not args.fresh and (args.out / "last.pt").exists()
     saved = load_checkpoint(args.out)["settings"] if resumed else {}
     changed = {name: value for name, value in saved.items() if name in args and value != getattr(args, name)}
-    changed.pop("seed" if use else "", None)  # it may be another then
+    if use:
+        changed.pop("seed", None)  # images may be drawn with another
     fixed = [f"--{name} {value}".replace("_", "-") for name, value in changed.items() if name in FIXED]
     options = re.sub(r"(\S+) (None|False)\b", r"no \1", ", ".join(fixed).replace("--source", "--from"))
     if fixed and not use:
@@ -671,7 +668,8 @@ def capture(step, args):
 def find_images(folder, others=()):
     """[(split, folders, file)] of all images below `folder`; the split is train, val or test if a folder says so."""
     found, names = [], sorted(Path(name).as_posix() for name in glob.glob("**/*", root_dir=folder, recursive=True))
-    runs = tuple(name[:-11] for name in names if name.endswith("/config.json") and f"{name[:-11]}log.jsonl" in names)
+    runs = {str(Path(name).parent) for name in names if name.endswith("/config.json")}
+    runs = tuple(f"{run}/" for run in runs if f"{run}/log.jsonl" in names)
     names = [name for name in names if not name.startswith(runs) and not os.path.isdir(Path(folder, name))]
     images = [name for name in names if name.lower().endswith(IMAGES) and os.path.exists(Path(folder, name))]
     left_out = sum(not name.endswith(others) for name in {*names} - {*images})
@@ -690,10 +688,8 @@ def read_image(file, white=65535):
     """An image as RGB with 8 bits, upright, transparent pixels on white. `white` is the brightest of 16 bits."""
     with explain_errors(f"{file} cannot be used as an image"), Image.open(file) as image:
         more_bands = 0 in getattr(image, "tag_v2", {}).get(338, ())  # of a TIFF, and not alpha
-        more_bands |= bool(re.search(";16[BLN]", str(image.tile))) and not image.mode.startswith(
-            "I;16"
-        )  # Pillow gives 8 of 16 bits
-        if image.mode not in MODES or more_bands or getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
+        deep = re.search(";16[BLN]", str(image.tile)) and image.mode[:4] != "I;16"  # colour: Pillow drops bits
+        if image.mode not in MODES or more_bands or deep or getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
             raise ValueError(f"mode {image.mode}; give 8 bits, or 16 bits in gray, one page")
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I;16"):
