@@ -468,7 +468,7 @@ def fail(sentence):
 
 @contextlib.contextmanager
 def explain_errors(sentence):
-    """Whatever goes wrong inside ends the script with `sentence` and the cause."""
+    """An error inside ends the script with `sentence` and the cause."""
     try:
         yield
     except Exception as error:
@@ -477,7 +477,7 @@ def explain_errors(sentence):
 
 
 def atomic_write(path, write):
-    """Let `write` make a file beside `path`, then rename it: it is there as a whole or not at all."""
+    """Let `write` make a file beside `path`, then rename it: it is there whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".part-{path.name}")
     write(part)
@@ -485,7 +485,7 @@ def atomic_write(path, write):
 
 
 def check_args(args, may_be_zero):
-    """Check --data and the numbers; choose the run folder, the device and the precision."""
+    """Check --data and numbers; choose run folder, device and precision."""
     if args.data not in SETS and not os.path.isdir(args.data):
         fail(f"--data {args.data} is neither a folder nor one of {', '.join(SETS)}")
     for name, value in vars(args).items():
@@ -609,8 +609,8 @@ class Run:
 
 
 def set_seed(args, step):
-    """Random numbers on the device depend on --seed and the step alone, so that a resumed run is the same run."""
-    generators = torch.cuda if "cuda" in args.device else torch  # torch would seed every backend, which takes longer
+    """Random numbers on the device depend on --seed and the step alone: a resumed run is the same run."""
+    generators = torch.cuda if "cuda" in args.device else torch  # torch's would seed all, slower
     generators.manual_seed(hash((args.seed, step)))
 
 
@@ -657,9 +657,10 @@ def find_images(folder, others=()):
     runs = tuple(f"{run}/" for run in runs if f"{run}/log.jsonl" in names)
     names = [name for name in names if not name.startswith(runs) and not os.path.isdir(Path(folder, name))]
     images = [name for name in names if name.lower().endswith(IMAGES) and os.path.exists(Path(folder, name))]
+    images = [name for name in images if "_ids/" not in name]  # class ids
     left_out = sum(not name.endswith(others) for name in {*names} - {*images})
     if left_out:
-        print(f"{folder}: files with other endings, or broken links, are left out: {left_out}")
+        print(f"{folder}: other endings, broken links and *_ids are left out: {left_out} files")
     for name in images:
         *parts, _ = re.sub(SPLIT, r"\1/\2/", name).split("/")
         split = next((part for part in parts if part.lower() in SPLITS), "train")

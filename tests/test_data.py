@@ -89,9 +89,10 @@ def test_no_layout(row, name, files, tmp_path):
 def test_what_is_said(call, monkeypatch, tmp_path):
     """Counts, direction, what is left out, what is shown as test, the step and a changed script; then other options."""
     write(tmp_path, {f"set/{i}.png": (10, 20) for i in range(20)})
+    write(tmp_path, {f"set/train_ids/{i}.png": [1] for i in range(20)})  # class ids, for the bench
     (tmp_path / "set" / "notes.txt").write_text("mine")
     said = call(PIX2PIX, *SMALL, "--data", "set", "--direction", "BtoA").out
-    assert "20 train" in said and "BtoA" in said and "other endings" in said
+    assert "20 train" in said and "BtoA" in said and "left out: 21 files" in said
     assert len([*tmp_path.glob("runs/pix2pix-set/test/*.png")]) == 16
     (tmp_path / "edited.py").write_text("L2")
     monkeypatch.setattr(pix2pix, "__file__", "edited.py")
