@@ -51,7 +51,7 @@ from tqdm import tqdm
 METHOD, SCRIPT = "cyclegan", Path(__file__).stem
 SETS = {  # the named sets, and which defaults each changes
     "toy": dict(size=64, load_size=64, blocks=3, ngf=16, ndf=32, n_layers=2)
-    | dict(lambda_cycle=5.0, epochs=8, save_every=600),
+    | dict(lambda_cycle=5.0, lambda_identity=1.0, epochs=8, save_every=600),
     **dict.fromkeys("horse2zebra apple2orange summer2winter_yosemite iphone2dslr_flower maps facades".split(), {}),
     **dict.fromkeys("monet2photo cezanne2photo ukiyoe2photo vangogh2photo".split(), {}),
 }
