@@ -64,8 +64,7 @@ NETS = {"mlp": dict(ngf=1200, ndf=240, lr=1e-3), "conv": dict(ngf=64, ndf=64, lr
 FIXED = "white size channels net cbn nz ngf ndf optimiser seed".split()
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 SPLITS = {"train": "train", "val": "val", "eval": "val", "dev": "val", "test": "test"}
-SPLIT = r"(?<![^/])((?i:train|e?val|dev|test))(?i:ing|id|idation|uation|20\d\d)?[_-]?(?i:set|images|data)?[_-]?([AB]?)/"
-MODES = "1 L LA P PA RGB RGBA CMYK I;16 I;16B".split()  # the modes of Pillow that read_image takes
+SPLIT = r"(?<![^/])(?i:(train|e?val|dev|test)(?:ing|id|idation|uation|20\d\d|set|images|data|[_-])*)(?:/|(?=[AB]/))"
 
 
 def get_args(argv=None):
@@ -322,8 +321,7 @@ def train(args):
     fixed_z = draw_z(args, 10)
     run = Run(args, state)
     update, loader = capture(make_step(args, state), args), batches(args, images, labels, run.images_seen)
-    for step in run.steps(args.epochs * len(images), args.batch_size):
-        epoch, x, y = next(loader)
+    for step, (epoch, x, y) in zip(run.steps(args.epochs * len(images), args.batch_size), loader):
         for name in ("opt_G", "opt_D") if args.optimiser == "sgd" else ():
             state[name].param_groups[0]["lr"].fill_(max(args.lr / 1.00004**step, min(args.lr, 1e-6)))
             state[name].param_groups[0]["momentum"].fill_(0.5 + 0.2 * min((epoch - 1) / 249, 1))
@@ -491,35 +489,37 @@ def check_args(args, may_be_zero):
     for name, value in vars(args).items():
         if type(value) in (int, float) and not (0 < value < math.inf or value == 0 and name in may_be_zero):
             fail(f"--{name.replace('_', '-')} {value}: give a number above 0")
-    if args.out and args.out.resolve() == Path(args.data).resolve():
-        fail(f"--out {args.out} is --data: give another folder")
     args.out = args.out or Path("runs", f"{SCRIPT}-{Path(args.data).resolve().name}")
+    if args.out.resolve() == Path(args.data).resolve():
+        fail(f"--out {args.out} is --data: give another folder")
     args.script = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
     device = args.device or torch.accelerator.current_accelerator(check_available=True) or "cpu"
     with explain_errors(f"--device {device} is not on this machine"):
         args.device = str(torch.empty(1, device=device).device)
         if "cuda" in args.device:
             torch.cuda.set_device(args.device)
-    units = torch.cpu.get_capabilities() if args.device == "cpu" else {"cuda": torch.cuda.is_bf16_supported(False)}
     if args.precision == "auto":
-        args.precision = "bf16" if any(map(units.get, ("avx512_bf16", "amx_bf16", "cuda"))) else "fp32"
+        on_cpu, cpu = args.device == "cpu", torch.cpu.get_capabilities()
+        built_for_bf16 = cpu.get("avx512_bf16") if on_cpu else torch.cuda.is_bf16_supported(False)
+        args.precision = "bf16" if built_for_bf16 else "fp32"
 
 
 def check_settings(args, use=False):
     """Compare the settings with those of the run. To resume it, what is FIXED may not differ; to `use` it, say so."""
-    resumed = not args.fresh and (args.out / "last.pt").exists()
-    saved = load_checkpoint(args.out)["settings"] if resumed else {}
-    changed = {name: value for name, value in saved.items() if name in args and value != getattr(args, name)}
-    if use:
-        changed.pop("seed", None)  # images may be drawn with another
-    fixed = [f"--{name} {value}".replace("_", "-") for name, value in changed.items() if name in FIXED]
-    options = re.sub(r"(\S+) (None|False)\b", r"no \1", ", ".join(fixed).replace("--source", "--from"))
+    if args.fresh or not (args.out / "last.pt").exists():
+        return
+    fixed, others = [], []
+    for name, value in load_checkpoint(args.out)["settings"].items():
+        now, option = getattr(args, name, value), name.replace("_", "-").replace("source", "from")
+        if now != value and name in FIXED and not (use and name == "seed"):
+            fixed.append(f"no --{option}" if value is None or value is False else f"--{option} {value}")
+        elif now != value and type(value) in (int, float, str) and not use:
+            others.append(f"{args.out}: {option} was {value}, is {now}\n")
     if fixed and not use:
-        fail(f"{args.out} was trained with {options}: repeat that, give another --out, or delete it with --fresh")
+        fail(f"{args.out} was trained with {', '.join(fixed)}: repeat that, or give another --out, or --fresh")
     if fixed:
-        print(f"{args.out} was trained with {options}, and is used so")
-    for name, value in [item for item in changed.items() if type(item[1]) in (int, float, str) and not use]:
-        print(f"{args.out}: {name.replace('_', '-')} was {value}, is {getattr(args, name)}")
+        print(f"{args.out} was trained with {', '.join(fixed)}, and is used so")
+    print("".join(others), end="")
 
 
 class Run:
@@ -532,46 +532,44 @@ class Run:
         self.lock, self.signals, self.should_stop = FileLock(args.out / ".lock"), [], 0
         with explain_errors(f"{args.out} is in use by another process"):
             self.lock.acquire(timeout=0)
-        saved = {"settings": self.settings, "step": 0, "images_seen": 0, "log_size": 0}
-        if args.init and (args.fresh or not last.exists()):
-            saved = load_checkpoint(args.init) | saved
+        resume = last.exists() and not args.fresh
+        run = args.out if resume else args.init
+        saved = load_checkpoint(run) if run else {}
+        if not resume:
+            saved |= {"settings": self.settings, "step": 0, "images_seen": 0, "log_size": 0}
         for old in [last, *args.out.glob("samples/*.png"), *args.out.glob("test/**/*.png")] if args.fresh else []:
             old.unlink(missing_ok=True)
-        found = [load_checkpoint(args.out) if last.exists() else saved]
-        saved = found[0]
-        with explain_errors(f"{last if last.exists() else args.init or last} has other networks, or is damaged"):
+        with explain_errors(f"{run}/last.pt has other networks, or is damaged"):
             if saved["settings"].get("images") != self.settings.get("images"):
                 fail(f"{args.out} has learned from other images: give those, or --fresh, or another --out")
-            counts = saved["step"], saved["images_seen"], saved["log_size"]
-            self.step, self.images_seen, self.log_size = map(int, counts)
-            networks = [name for name in state if args.init and not name.startswith(("opt", "pool"))]
-            for name in state if self.step else networks:
-                if name.startswith("opt"):  # with the current rate and device
-                    saved[name]["param_groups"] = state[name].state_dict()["param_groups"]
-                state[name].load_state_dict(saved[name])
+            self.step, self.images_seen = int(saved["step"]), int(saved["images_seen"])
+            self.log_size = int(saved["log_size"])
+            for name, part in state.items():
+                if self.step and name.startswith("opt"):  # with the current rate and device
+                    saved[name]["param_groups"] = part.state_dict()["param_groups"]
+                if self.step or args.init and not name.startswith(("opt", "pool")):
+                    part.load_state_dict(saved[name])
 
     def steps(self, images, batch):
         """Yields the steps, each of a `batch`, until all `images` are seen. A signal ends them, and then the script."""
-        args, self.start, self.batch = self.args, self.step, batch
-        goal = self.start + max(0, math.ceil((images - self.images_seen) / batch))
-        self.last_step = max(self.start, min(goal, args.max_steps or goal))
+        args, self.first_image = self.args, self.images_seen
+        goal = self.step + max(0, math.ceil((images - self.images_seen) / batch))
+        self.last_step = min(goal, args.max_steps or goal)
         with open(self.log, "a") as log:
             log.truncate(min(log.tell(), self.log_size))
-        begin = "resuming" if self.start else "starting"
-        print(f"{begin} {args.out} at step {self.start} of {goal}, {args.device}, {args.precision}")
-        stops = [each for each in signal.Signals if each.name in ("SIGINT", "SIGTERM", "SIGHUP")]
-        stops = [each for each in stops if signal.getsignal(each) != signal.SIG_IGN]  # as nohup sets it
-        handlers = {each: signal.signal(each, lambda each, frame: self.signals.append(each)) for each in stops}
-        self.bar = tqdm(initial=self.start, total=self.last_step, delay=1, mininterval=2, file=sys.stdout)
+        begin = "resuming" if self.step else "starting"
+        print(f"{begin} {args.out} at step {self.step} of {goal}, {args.device}, {args.precision}")
+        self.bar = tqdm(initial=self.step, total=self.last_step, delay=1, mininterval=2, file=sys.stdout)
         self.start_time = self.last_save = self.last_report = time.monotonic()
-        try:
+        with contextlib.ExitStack() as cleanup:  # at the end, also after an error
+            cleanup.callback(self.lock.release)
+            for number in signal.Signals:  # nohup ignores one of them, which stays so
+                if number.name in ("SIGINT", "SIGTERM", "SIGHUP") and signal.getsignal(number) != signal.SIG_IGN:
+                    handler = signal.signal(number, lambda number, frame: self.signals.append(number))
+                    cleanup.callback(signal.signal, number, handler)
             while self.step < self.last_step and not self.should_stop:
                 self.step, self.images_seen = self.step + 1, self.images_seen + batch
                 yield self.step
-        finally:  # after an error, too
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
-            self.lock.release()
         with contextlib.suppress(OSError):
             self.bar.close()
             done = "finished" if self.step == goal else "saved"
@@ -581,9 +579,9 @@ class Run:
 
     def report(self, epoch, losses):
         """Log the losses every two seconds, set should_stop after a signal. Returns whether to save now."""
-        args, number, now = self.args, torch.tensor(max(self.signals, default=0)), time.monotonic()
+        number, every, now = torch.tensor(max(self.signals, default=0)), self.args.save_every, time.monotonic()
         self.should_stop = number.item()
-        due = self.step % args.save_every == 0 if args.save_every else now - self.last_save > 600
+        due = self.step % every == 0 if every else now - self.last_save > 600
         save = due or self.should_stop or self.step == self.last_step
         self.last_save = now if save else self.last_save
         with contextlib.suppress(OSError):  # a terminal or pipe may be closed
@@ -593,7 +591,7 @@ class Run:
             losses = {name: loss.item() for name, loss in losses.items()}  # waits for the device
             if not all(map(math.isfinite, losses.values())):
                 fail(f"a loss is not finite at step {self.step}: {losses}; last.pt is kept; try a lower --lr")
-            rate = (self.step - self.start) * self.batch / (now - self.start_time)
+            rate = (self.images_seen - self.first_image) / (now - self.start_time)
             with open(self.log, "a") as log:
                 log.write(json.dumps({"step": self.step, "epoch": epoch, **losses, "images_per_s": rate}) + "\n")
             self.bar.set_postfix(losses, images_per_s=rate, refresh=False)
@@ -621,8 +619,7 @@ def load_checkpoint(run):
         fail(f"there is no {path}: train first, or name another run")
     with explain_errors(f"{path} is not a checkpoint of {METHOD}"):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=os.name != "nt")
-        assert checkpoint["script"] == METHOD, f"it is one of {checkpoint['script']}"
-        assert isinstance(checkpoint["settings"], dict), "it has no settings"
+        assert checkpoint["script"] == METHOD and "seed" in checkpoint["settings"], "it has other contents"
     return checkpoint
 
 
@@ -653,20 +650,16 @@ def capture(step, args):
 def find_images(folder, others=()):
     """[(split, folders, file)] of all images below `folder`; the split is train, val or test if a folder says so."""
     found, names = [], sorted(Path(name).as_posix() for name in glob.glob("**/*", root_dir=folder, recursive=True))
-    runs = {str(Path(name).parent) for name in names if name.endswith("/config.json")}
-    runs = tuple(f"{run}/" for run in runs if f"{run}/log.jsonl" in names)
-    names = [name for name in names if not name.startswith(runs) and not os.path.isdir(Path(folder, name))]
-    images = [name for name in names if name.lower().endswith(IMAGES) and os.path.exists(Path(folder, name))]
+    runs = tuple(name.removesuffix("log.jsonl") for name in names if name.endswith("/log.jsonl"))
+    names = [name for name in names if not name.startswith(runs) and not Path(folder, name).is_dir()]
+    images = [name for name in names if name.lower().endswith(IMAGES) and Path(folder, name).exists()]
     images = [name for name in images if "_ids/" not in name]  # class ids
     left_out = sum(not name.endswith(others) for name in {*names} - {*images})
     if left_out:
         print(f"{folder}: other endings, broken links and *_ids are left out: {left_out} files")
     for name in images:
-        *parts, _ = re.sub(SPLIT, r"\1/\2/", name).split("/")
-        split = next((part for part in parts if part.lower() in SPLITS), "train")
-        if split in parts:
-            parts.remove(split)
-        found.append((SPLITS[split.lower()], "/".join(filter(None, parts)), Path(folder, name)))
+        split, rest = re.search(SPLIT, name), re.sub(SPLIT, "", name, count=1)
+        found.append((SPLITS[split[1].lower()] if split else "train", rest.rpartition("/")[0], Path(folder, name)))
     return found or fail(f"{folder} has no images ({', '.join(IMAGES)})")
 
 
@@ -675,7 +668,8 @@ def read_image(file, white=65535):
     with explain_errors(f"{file} cannot be used as an image"), Image.open(file) as image:
         more_bands = 0 in getattr(image, "tag_v2", {}).get(338, ())  # of a TIFF, and not alpha
         deep = re.search(";16[BLN]", str(image.tile)) and image.mode[:4] != "I;16"  # colour: Pillow drops bits
-        if image.mode not in MODES or more_bands or deep or getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
+        pages = getattr(image, "n_frames", 1) if image.format != "MPO" else 1
+        if image.mode in ("I", "F") or more_bands or deep or pages > 1:
             raise ValueError(f"mode {image.mode}; give 8 bits, or 16 bits in gray, one page")
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I;16"):
@@ -687,8 +681,8 @@ def read_image(file, white=65535):
 
 def save_grid(path, images, titles):
     """Write uint8 images (C, h, w) of one size as one PNG, enlarged, in columns under their titles."""
-    zoom = -(-128 // images[0].shape[2])
-    cells = torch.stack([*images]).repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
+    cells = torch.stack([*images])
+    cells = nn.functional.interpolate(cells, scale_factor=math.ceil(128 / cells.shape[3]))
     sheet = ImageOps.expand(to_pil_image(make_grid(cells, len(titles), pad_value=255)), (0, 20, 0, 0), "white")
     for i, title in enumerate(titles):
         ImageDraw.Draw(sheet).text((4 + i * (cells.shape[3] + 2), 2), title, "black", font_size=14)
