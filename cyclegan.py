@@ -43,19 +43,15 @@ from filelock import FileLock
 from PIL import Image, ImageDraw, ImageOps
 from torch import distributed as dist
 from torch import nn
-from torch.nn.functional import l1_loss
 from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
 METHOD, SCRIPT = "cyclegan", Path(__file__).stem
-SETS = {  # the named sets, and which defaults each changes
-    "toy": dict(size=64, load_size=64, blocks=3, ngf=16, ndf=32, n_layers=2)
-    | dict(lambda_cycle=5.0, lambda_identity=1.0, epochs=8, save_every=600),
-    **dict.fromkeys("horse2zebra apple2orange summer2winter_yosemite iphone2dslr_flower maps facades".split(), {}),
-    **dict.fromkeys("monet2photo cezanne2photo ukiyoe2photo vangogh2photo".split(), {}),
-}
-TERMS = ("all", "cycle", "gan", "gan+forward", "gan+backward")  # of the loss; all but the first are ablations (Table 4)
+SETS = "toy horse2zebra apple2orange summer2winter_yosemite iphone2dslr_flower maps facades".split()
+SETS += "monet2photo cezanne2photo ukiyoe2photo vangogh2photo".split()
+TOY = dict(size=64, load_size=64, blocks=3, ngf=16, ndf=32, n_layers=2, epochs=8, save_every=600)  # defaults of toy
+TOY |= dict(lambda_cycle=5.0, lambda_identity=1.0)
 WAYS = {"AtoB": ("G", "F"), "BtoA": ("F", "G")}  # there, and back
 FIXED = "white size load_size no_mirror blocks ngf ndf n_layers terms lambda_cycle lambda_identity pool seed".split()
 LAYOUTS = "give folders named A and B, or images with A and B side by side, also within train and test"
@@ -78,7 +74,7 @@ def get_args(argv=None):
     add("--load-size", type=int, help="of an image before the random crop; None: 286 / 256 of --size")
     add("--no-mirror", action="store_true", help="no random mirroring")
     add = parser.add_argument_group("method").add_argument
-    add("--terms", choices=TERMS, default="all", help="of the loss, Table 4")
+    add("--terms", choices="all cycle gan gan+forward gan+backward".split(), default="all", help="of the loss, Table 4")
     add("--lambda-cycle", type=float, default=10.0, help="weight of the cycle, Eq. 3")
     add("--lambda-identity", type=float, default=0.5, help="weight of the identity loss, as a share of the cycle's")
     add("--pool", type=int, default=50, help="past images that D_X and D_Y see again, Sec. 4")
@@ -106,7 +102,7 @@ def get_args(argv=None):
     add("--to", type=Path, help="folder for translations; None: OUT/DIRECTION")
     data = parser.parse_known_args(argv)[0].data  # first, as the other defaults depend on it
     data = f"./{data}" if data in SETS and Path(data).is_dir() else data  # a folder that is there comes first
-    parser.set_defaults(**SETS.get(data, {}))
+    parser.set_defaults(**TOY if data == "toy" else {})
     parser.add_argument("-h", "--help", action="help", help="show this; defaults are those of --data")
     args = parser.parse_args(argv)
     args.data, args.load_size = data, args.load_size or args.size * 286 // 256
@@ -115,11 +111,9 @@ def get_args(argv=None):
     if args.decay_epochs is None:
         args.decay_epochs = args.epochs // 2
     check_args(args, may_be_zero=("lambda_identity", "pool", "decay_epochs", "lr", "seed"))
-    least = max(16, 3 << args.n_layers)
+    least = 3 * 2**args.n_layers  # the last layers of D need 3 pixels
     if args.size % 4 or not least <= args.size <= args.load_size:
-        fail(
-            f"--size {args.size} with --n-layers {args.n_layers}: give a multiple of 4 from {least} to {args.load_size}"
-        )
+        fail(f"--size {args.size}: give a multiple of 4 from {least} (--n-layers) to {args.load_size} (--load-size)")
     if args.to and not args.translate:
         fail("--to needs --translate")
     return args
@@ -142,31 +136,25 @@ class Block(nn.Module):
 
 
 class Generator(nn.Module):
-    """ResNet of Johnson et al. (Sec. 7.2): c7s1-64, d128, d256, R256 `blocks` times, u128, u64, c7s1-3.
-
-    x (N, 3, H, W) in [-1, 1], H and W multiples of 4 -> (N, 3, H, W) in [-1, 1].
-    """
+    """ResNet of Johnson et al. (Sec. 7.2). x (N, 3, H, W) in [-1, 1], H and W multiples of 4 -> the same."""
 
     def __init__(self, blocks=9, ngf=64):
         super().__init__()
-        layers = [nn.ReflectionPad2d(3), nn.Conv2d(3, ngf, 7), nn.InstanceNorm2d(ngf), nn.ReLU(True)]
-        for width in (2 * ngf, 4 * ngf):  # (N, 128, H/2, W/2), (N, 256, H/4, W/4)
+        layers = [nn.ReflectionPad2d(3), nn.Conv2d(3, ngf, 7), nn.InstanceNorm2d(ngf), nn.ReLU(True)]  # c7s1-64
+        for width in (2 * ngf, 4 * ngf):  # d128, d256: (N, 128, H/2, W/2), (N, 256, H/4, W/4)
             layers += [nn.Conv2d(width // 2, width, 3, 2, 1), nn.InstanceNorm2d(width), nn.ReLU(True)]
-        layers += [Block(4 * ngf) for _ in range(blocks)]
-        for width in (2 * ngf, ngf):  # (N, 128, H/2, W/2), (N, 64, H, W)
+        layers += [Block(4 * ngf) for _ in range(blocks)]  # R256
+        for width in (2 * ngf, ngf):  # u128, u64: (N, 128, H/2, W/2), (N, 64, H, W)
             up = nn.ConvTranspose2d(2 * width, width, 3, 2, 1, output_padding=1)
             layers += [up, nn.InstanceNorm2d(width), nn.ReLU(True)]
-        self.layers = nn.Sequential(*layers, nn.ReflectionPad2d(3), nn.Conv2d(ngf, 3, 7), nn.Tanh())
+        self.layers = nn.Sequential(*layers, nn.ReflectionPad2d(3), nn.Conv2d(ngf, 3, 7), nn.Tanh())  # c7s1-3
 
     def forward(self, x):
         return self.layers(x)
 
 
 class Discriminator(nn.Module):
-    """PatchGAN (Sec. 7.2): C64-C128-C256-C512, an output for each patch of 70x70 pixels, with three strided layers.
-
-    x (N, 3, H, W) in [-1, 1] -> (N, 1, h, w), 30x30 for x of 256x256.
-    """
+    """PatchGAN of 70x70 pixels (Sec. 7.2): C64-C128-C256-C512. (N, 3, H, W) in [-1, 1] -> (N, 1, H/8 - 2, W/8 - 2)."""
 
     def __init__(self, ndf=64, n_layers=3):
         super().__init__()
@@ -182,11 +170,7 @@ class Discriminator(nn.Module):
 
 
 class Pool(nn.Module):
-    """Past images of a generator, for D to see again (Sec. 4). fake (N, 3, S, S) -> (N, 3, S, S).
-
-    The first `size` images are kept and returned. A later one is returned, or, with odds of one half, it takes the
-    place of a past image, which is returned instead.
-    """
+    """Past images of a generator, for D to see again (Sec. 4). fake (N, 3, S, S) -> (N, 3, S, S)."""
 
     def __init__(self, size, pixels):
         super().__init__()
@@ -197,7 +181,7 @@ class Pool(nn.Module):
         size, shown = len(self.images), []
         if size == 0:
             return fake
-        for image in fake.split(1):
+        for image in fake.split(1):  # once the pool is full, half of them take the place of a past one, which is shown
             full, swap = self.count == size, torch.rand(1, device=fake.device) < 0.5
             place = torch.where(full, torch.randint(size, (1,), device=fake.device), self.count)
             past = self.images.index_select(0, place)
@@ -222,10 +206,9 @@ def gan_loss(out, real):
 def build(args):
     """{name: network, pool or optimizer} on args.device: all that is learned, and so all that last.pt holds."""
     torch.manual_seed(args.seed)
-    state = {name: init_weights(Generator(args.blocks, args.ngf)) for name in ("G", "F")}
-    state |= {name: init_weights(Discriminator(args.ndf, args.n_layers)) for name in ("D_X", "D_Y")}
-    state |= {name: Pool(args.pool, args.size) for name in ("pool_X", "pool_Y")}
-    state = {name: part.to(args.device) for name, part in state.items()}
+    state = {name: init_weights(Generator(args.blocks, args.ngf)).to(args.device) for name in ("G", "F")}
+    state |= {name: init_weights(Discriminator(args.ndf, args.n_layers)).to(args.device) for name in ("D_X", "D_Y")}
+    state |= {name: Pool(args.pool, args.size).to(args.device) for name in ("pool_X", "pool_Y")}
     for name, first, second in (("opt_G", "G", "F"), ("opt_D", "D_X", "D_Y")):
         weights = [*state[first].parameters(), *state[second].parameters()]
         rate, on_cuda = torch.tensor(args.lr, device=args.device), "cuda" in args.device  # a graph follows a tensor
@@ -250,10 +233,10 @@ def make_step(args, state):
             if use_gan:  # min (D_Y(G(x)) - 1)^2
                 losses["loss_gan"] = total = gan_loss(D_Y(fake), True)
             if lambda_x:  # min |F(G(x)) - x| (Eq. 2)
-                losses["loss_cycle"] = l1_loss(F(fake).float(), x)
+                losses["loss_cycle"] = nn.functional.l1_loss(F(fake).float(), x)
                 total = total + lambda_x * losses["loss_cycle"]
             if lambda_identity:  # min |G(y) - y| (Sec. 5.2)
-                losses["loss_same"] = l1_loss(same, y)
+                losses["loss_same"] = nn.functional.l1_loss(same, y)
                 total = total + lambda_identity * losses["loss_same"]
         total.backward(inputs=[*G.parameters(), *F.parameters()])
         return fake.detach(), losses
@@ -309,10 +292,8 @@ def train(args):
 
 
 def streets(count, seed, size=64):
-    """Toy maps and photos, uint8 (N, 3, size, size), and class ids (N, size, size): what is where in both.
-
-    Ids are ground, houses (square), parks (round), streets and a river. Photos tell the first three by their texture.
-    """
+    """Toy maps and photos, uint8 (N, 3, size, size), and class ids (N, size, size): what is where in both."""
+    # ids: ground, houses (square), parks (round), streets and a river; photos tell the first three by their texture
     rng, (row, col) = np.random.default_rng(seed), np.mgrid[:size, :size]
     colour = np.array([(240, 236, 224), (212, 136, 118), (84, 146, 88), (60, 60, 72), (70, 112, 176)], np.uint8)
     mean = np.array([(152, 146, 132), (132, 126, 112), (112, 106, 92), (72, 72, 80), (58, 92, 122)])
@@ -351,22 +332,22 @@ def load_sides(args):
     sizes = [(file.name, file.stat().st_size) for split, _, file in found if split == "train"]
     args.images = hashlib.sha256(repr(sizes).encode()).hexdigest()[:12]  # a run belongs to its images
     for split, side, file in found:
-        splits[split].setdefault(side, []).append((file,))
+        splits[split].setdefault(side, []).append([file])
     for split, sides in splits.items():
-        if set(sides) not in ({"A", "B"}, {""}) and (sides or split == "train"):
+        if {*sides} not in ({"A", "B"}, {""}) and (sides or split == "train"):
             fail(f"{args.data} has {split} images in {[*sides]}; {LAYOUTS}")
     train, test = splits["train"], splits["test"] or splits["val"]
-    stems = {file.stem for (file,) in train.get("", [])}
+    stems = {file.stem for [file] in train.get("", [])}
     if any(stem[-1] == "A" and f"{stem[:-1]}B" in stems for stem in stems):
         fail(f"{args.data} has images in two files, NAME_A and NAME_B; {LAYOUTS}")
     counts = [f"{len(files)} {split}{side}" for split, sides in splits.items() for side, files in sides.items()]
-    print(f"{args.data}: {', '.join(counts)} images{'' if test else ', up to 16 of each side for the test too'}")
-    test, loaded = test or {side: files[:16] for side, files in train.items()}, []
-    for split, size in ((train, args.load_size), (test, args.size)):
-        shape = (6 if "" in split else 3, size, size)
-        images = [cache_images(args, split[side], read_resized, shape) for side in sorted(split)]
+    print(f"{args.data}: {', '.join(counts)} images{'' if test else '; up to 16 of each side are shown as test'}")
+    shown, loaded = test or {side: files[:16] for side, files in train.items()}, []
+    for sides, size in ((train, args.load_size), (shown, args.size)):
+        shape = (6 if "" in sides else 3, size, size)
+        images = [cache_images(args, sides[side], read_resized, shape) for side in sorted(sides)]
         loaded.append([side for pixels in images for side in pixels.split(3, 1)])
-    return *loaded, [[file.stem for (file,) in test.get(side) or test[""]] for side in "AB"]
+    return *loaded, [[file.stem for [file] in shown.get(side) or shown[""]] for side in "AB"]
 
 
 def read_resized(args, shape, files):
@@ -383,7 +364,7 @@ def read_resized(args, shape, files):
 
 def to_x(args, pixels):
     """uint8 (N, 3, H, W) to [-1, 1] on the device."""
-    pixels = pixels.pin_memory() if "cuda" in args.device and not pixels.is_cuda else pixels  # the host need not wait
+    pixels = pixels.pin_memory() if "cuda" in args.device and not pixels.is_cuda else pixels  # the CPU need not wait
     return pixels.to(args.device, non_blocking=True) / 127.5 - 1
 
 
@@ -415,17 +396,14 @@ def to_images(args, pixels, *nets):
 
 def save_tests(args, state, sides, names, step):
     """Translate `sides`, uint8 (N, 3, H, W), to OUT/test, and show 16 of each, there and back, in OUT/samples."""
-    rows = []
-    for way, images, files in zip(WAYS, sides, names):
-        nets = [state[name] for name in WAYS[way]]
-        rows.append([])
+    shown = {way: [] for way in WAYS}
+    for (way, nets), images, files in zip(WAYS.items(), sides, names):
         for pixels, name in zip(images, files):
-            translated = to_images(args, pixels, *nets)
+            translated = to_images(args, pixels, *[state[net] for net in nets])
             atomic_write(args.out / "test" / way / f"{name}.png", translated[1].save)
-            rows[-1] += [translated] if len(rows[-1]) < 16 else []
-    cells = [pil_to_tensor(image) for x, y in zip(*rows) for image in x + y]
-    titles = ["x", "G(x)", "F(G(x))", "y", "F(y)", "G(F(y))"]
-    save_grid(args.out / "samples" / f"{step:07}.png", cells, titles)
+            shown[way] += [translated] if len(shown[way]) < 16 else []
+    cells = [pil_to_tensor(image) for x, y in zip(*shown.values()) for image in x + y]
+    save_grid(args.out / "samples" / f"{step:07}.png", cells, ["x", "G(x)", "F(G(x))", "y", "F(y)", "G(F(y))"])
 
 
 def load_generator(run, device="cpu", direction="AtoB"):
@@ -444,11 +422,10 @@ def translate(args):
     check_settings(args, use=True)
     G, to, errors = load_generator(args.out, args.device, args.direction), args.to or args.out / args.direction, []
     found = find_images(args.translate) if args.translate.is_dir() else [("", "", args.translate)]
-    targets = [to / folder / f"{file.stem}.png" for _, folder, file in found]
-    places = {file.resolve().parent for *_, file in found}
-    if len({*targets}) < len(found) or any(target.resolve().parent in places for target in targets):
-        fail(f"translations would overwrite images of {args.translate} or one another: choose another --to or names")
-    for (*_, file), target in zip(found, targets):
+    files = {(to / folder / f"{file.stem}.png").resolve(): file for _, folder, file in found}  # of each translation
+    if len(files) < len(found) or {*files} & {file.resolve() for file in files.values()}:
+        fail(f"translations of {args.translate} would overwrite images: choose another --to, or other names")
+    for target, file in files.items():
         try:
             pixels = pil_to_tensor(read_image(file, G.settings.white))
             atomic_write(target, to_images(args, pixels, G)[1].save)
