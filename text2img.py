@@ -50,7 +50,7 @@ from PIL import Image, ImageDraw, ImageOps
 from torch import distributed as dist
 from torch import nn
 from torch.nn import functional as F
-from torchvision.transforms.v2.functional import pil_to_tensor, resize, to_pil_image
+from torchvision.transforms.v2.functional import center_crop, pil_to_tensor, resize, to_pil_image
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
@@ -63,10 +63,9 @@ SETS = {  # the named sets, and which defaults each changes
 FIXED = "white size load_size no_cls no_int no_residual text nt nz ngf ndf nef nif near average pack seed".split()
 FIXED += ["text_epochs", "style_epochs"]  # else the phases before the one that is reached would shift
 ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789-,;.!?:'\"/\\|_@#$%^&*~`+-=<>()[]{} "  # as in the authors' code
-INKS = {"white": (240, 240, 240), "yellow": (245, 220, 60), "pink": (250, 130, 190), "cyan": (90, 220, 235)}
-INKS |= {"green": (90, 215, 90)}
-GROUNDS = {"black": (45, 45, 45), "blue": (45, 50, 140), "red": (140, 45, 45), "purple": (105, 45, 125)}
-GROUNDS |= {"teal": (40, 95, 95)}
+INKS = dict(white=(240, 240, 240), yellow=(245, 220, 60), pink=(250, 130, 190), cyan=(90, 220, 235))
+INKS["green"] = (90, 215, 90)
+GROUNDS = dict(black=(45, 45, 45), blue=(45, 50, 140), red=(140, 45, 45), purple=(105, 45, 125), teal=(40, 95, 95))
 VALUES = ("circle", "ring", "bar"), tuple(INKS), ("small", "large"), tuple(GROUNDS)  # form, ink, size, ground
 SENTENCES = [
     "a {2} {1} {0} on a {3} background",
@@ -91,7 +90,7 @@ def get_args(argv=None):
     add("--data", default="toy", help="a folder of images with captions, or toy")
     add("--data-root", type=Path, default="data", help="for decoded images")
     add("--white", type=int, default=65535, help="16-bit pixel value that is white")
-    add("--size", type=int, default=64, help="of a crop: 16, 32, 64 or 128")
+    add("--size", type=int, choices=(16, 32, 64, 128), default=64, help="of a crop")
     add("--load-size", type=int, help="of an image before the random crop; None: 19 / 16 of --size")
     add = parser.add_argument_group("method").add_argument
     add("--no-cls", action="store_true", help="D does not learn from wrong sentences")
@@ -135,8 +134,8 @@ def get_args(argv=None):
     args = parser.parse_args(argv)
     args.data, args.load_size = data, args.load_size or args.size * 19 // 16
     check_args(args, may_be_zero=("text_epochs", "style_epochs", "lr", "text_lr", "seed"))
-    if args.size not in (16, 32, 64, 128) or args.load_size < args.size:
-        fail(f"--size {args.size}: give 16, 32, 64 or 128, and at most --load-size {args.load_size}")
+    if args.load_size < args.size:
+        fail(f"--load-size {args.load_size} is less than --size {args.size}")
     if args.prompt is None and (args.sample or args.to):
         fail("--sample and --to need --prompt, the sentence to draw")
     if args.batch_size < 2:
@@ -148,10 +147,7 @@ def get_args(argv=None):
 
 
 class TextEncoder(nn.Module):
-    """E: convolutions over characters, then a recurrent layer whose states are averaged.
-
-    Characters (N, 201), from 1 up in ALPHABET or 0 for others -> codes (N, text).
-    """
+    """E: characters (N, 201) -> codes (N, text): convolutions, then a recurrent layer whose states are averaged."""
 
     def __init__(self, text=1024, nef=256):
         super().__init__()
@@ -164,8 +160,7 @@ class TextEncoder(nn.Module):
         self.inward, self.onward, self.last = nn.Linear(nef, nef), nn.Linear(nef, nef), nn.Linear(nef, text)
 
     def forward(self, chars):
-        letters = torch.arange(1, 71, device=chars.device)
-        one_hot = (chars[..., None] == letters).float()  # (N, 201, 70)
+        one_hot = (chars[..., None] == torch.arange(1, 71, device=chars.device)).float()  # (N, 201, 70)
         steps = self.inward(self.convs(one_hot.mT).mT).unbind(1)  # 8 of (N, nef)
         states = [steps[0].relu()]
         for step in steps[1:]:
@@ -276,10 +271,8 @@ def gan_loss(logits, real):
 
 
 def sje_loss(images, texts, kinds):
-    """The symmetric structured joint embedding loss of pairs of codes (B, text) of classes (B,) -> 0-d.
-
-    max(0, s_ij - s_ii + 1) for i and j of unlike classes, s = image . text, both ways, over B (CVPR 2016).
-    """
+    """Structured joint embedding loss of pairs of codes (B, text) of classes (B,), both ways -> 0-d (CVPR 2016)."""
+    # the sum of max(0, s_ij - s_ii + 1) over i and j of unlike classes, s = image . text, divided by B
     scores = images.float() @ texts.float().T
     own, other = scores.diagonal(), kinds[:, None] != kinds
     return ((F.relu(scores - own[:, None] + 1) + F.relu(scores - own + 1)) * other).sum() / len(kinds)
@@ -308,7 +301,8 @@ def build(args):
 
 
 def make_text_step(args, state):
-    """Returns `step(x, chars, kinds)`: one update of E and V on images, a caption of each, and their classes (B,)."""
+    """Returns `step(x, chars, kinds)`: one update of E and V. It returns a 0-d loss."""
+    # x (B, 3, size, size) in [-1, 1], the characters of a caption of each (B, 201), and their classes (B,)
     E, V, opt_E = state["E"], state["V"], state["opt_E"]
 
     def step(x, chars, kinds):
@@ -325,10 +319,8 @@ def make_text_step(args, state):
 
 
 def make_step(args, state):
-    """Returns `step(x, t, wrong)`: one update of D and G on x (B, 3 * pack, size, size). It returns 0-d losses.
-
-    Images in [-1, 1] of one class each, t codes (B, text) of sentences about them, wrong those about something else.
-    """
+    """Returns `step(x, t, wrong)`: one update of D and G. It returns 0-d losses."""
+    # x (B, 3 * pack, size, size) in [-1, 1], codes t (B, text) of sentences about it, wrong (B, text) of other ones
     G, D, opt_G, opt_D, pack = state["G"], state["D"], state["opt_G"], state["opt_D"], args.pack
 
     def step(x, t, wrong):
@@ -386,9 +378,8 @@ def train(args):
     run = Run(args, state)
     makers, loader = (make_text_step, make_step, make_style_step), batches(args, state["E"], data, run.images_seen)
     updates = functools.lru_cache(1)(lambda phase: capture(makers[phase](args, state), args))
-    for step, (phase, epoch, *batch) in zip(
-        run.steps((args.text_epochs + args.epochs + args.style_epochs) * len(data.kinds), args.batch_size), loader
-    ):
+    images = (args.text_epochs + args.epochs + args.style_epochs) * len(data.kinds)
+    for step, (phase, epoch, *batch) in zip(run.steps(images, args.batch_size), loader):
         state["opt_E"].param_groups[0]["lr"].fill_(args.text_lr * 0.98 ** (epoch - 1))
         for name in ("opt_G", "opt_D"):
             halvings = max(0, epoch - 1 - args.text_epochs) // args.halve_every
@@ -405,13 +396,10 @@ def train(args):
 
 
 def shapes(count, seed, held_out=False, size=64):
-    """Toy images, uint8 (count, 3, size, size), five captions of each, and labels (count, 4): numbers in VALUES.
-
-    A sixth of the combinations of form, ink, size and ground comes with `held_out`, and only then. No caption tells
-    whether a shape is left or right of the middle, and how light falls on the ground: that is style.
-    """
-    every = np.array([*itertools.product(*map(range, map(len, VALUES)))])
-    every = np.random.default_rng(0).permutation(every)
+    """Toy images, uint8 (count, 3, size, size), five captions of each, and labels (count, 4): numbers in VALUES."""
+    # A sixth of the combinations comes with `held_out`, and only then. No caption tells the style: whether a shape is
+    # left or right of the middle, and how light falls on the ground.
+    every = np.random.default_rng(0).permutation([*itertools.product(*map(range, map(len, VALUES)))])
     kinds = every[: len(every) // 6] if held_out else every[len(every) // 6 :]
     rng = np.random.default_rng([seed, held_out])
     labels = kinds[rng.integers(len(kinds), size=count)]
@@ -434,29 +422,25 @@ def shapes(count, seed, held_out=False, size=64):
 
 
 def spell(sentences):
-    """Characters uint8 (N, 201): their numbers from 1 up in ALPHABET, in lower case; 0 for others and at the end."""
-    numbers = {letter: i for i, letter in enumerate(ALPHABET, 1)}  # the hyphen has two, and the later counts
-    chars = np.zeros((len(sentences), 201), np.uint8)
-    for row, sentence in zip(chars, map(str.lower, sentences)):
-        row[: len(sentence)] = [numbers.get(letter, 0) for letter in sentence[:201]]
-    return torch.from_numpy(chars)
+    """Characters uint8 (N, 201): the last place of each in ALPHABET, from 1 up; 0 for others and at the end."""
+    rows = [bytes(ALPHABET.rfind(letter) + 1 for letter in sentence.lower()[:201]) for sentence in sentences]
+    chars = bytearray(b"".join(row.ljust(201, b"\0") for row in rows))
+    return torch.frombuffer(chars, dtype=torch.uint8).view(-1, 201)
 
 
 def check_sentences(sentences):
     """Say what E does not read of sentences; refuse them if it reads nothing, or the same in all of them."""
-    lost = [sentence for sentence in sentences if {*sentence.lower()} - {*ALPHABET}]
+    lost = [sentence for sentence in sentences if len(sentence) > 201 or {*sentence.lower()} - {*ALPHABET}]
     different, read = len({*map(str.lower, sentences)}), spell(sentences).unique(dim=0)
     if len(read) == 1 and (different > 1 or not re.search("[a-z0-9]", sentences[0].lower())):
         fail(f"no sentence has a letter from a to z that others have not, such as {sentences[0]!r}")
     if lost:
-        print(f"{len(lost)} sentences, such as {lost[0]!r}, have characters that E does not read")
-    if max(map(len, sentences)) > 201:
-        print("sentences are cut after 201 characters")
+        print(f"{len(lost)} sentences are cut after 201 characters or have others than E reads, such as {lost[0]!r}")
 
 
 def read_lines(path):
     """The lines of a text file that are not empty."""
-    with explain_errors(f"{path} cannot be read: it should have a sentence in each line"):
+    with explain_errors(f"{path} cannot be read as text in UTF-8"):
         lines = [line.strip() for line in path.read_text("utf-8-sig").split("\n")]
     return [line for line in lines if line] or fail(f"{path} has no sentence")
 
@@ -465,13 +449,12 @@ def read_captions(folder):
     """{image file: its captions} of each captions.jsonl below `folder`."""
     captions = {}
     for path in sorted(folder.rglob("captions.jsonl")):
-        lines = path.read_text("utf-8-sig").strip("\n").split("\n")
+        with explain_errors(f"{path} cannot be read as text in UTF-8"):
+            lines = path.read_text("utf-8-sig").rstrip().split("\n")
         for number, line in enumerate(lines, 1):
-            with explain_errors(
-                f'{path}: line {number} is not such as {{"file": "a.jpg", "captions": ["a red bird"]}}'
-            ):
+            with explain_errors(f'{path}: line {number} is not like {{"file": "a.jpg", "captions": ["a red bird"]}}'):
                 row = json.loads(line)
-                some = row["captions"] if "captions" in row else [row["caption"]]
+                some = row.get("captions", [row.get("caption")])
                 assert some and isinstance(some, list) and all(isinstance(one, str) for one in some), "not text"
                 captions.setdefault(path.parent / row["file"], []).extend(some)
     return captions
@@ -480,38 +463,40 @@ def read_captions(folder):
 def read_folder(args):
     """Training images, uint8 (N, 3, load_size, load_size), the captions of each, and its folder, which is its class."""
     found, table = find_images(args.data, others=(".txt", "captions.jsonl")), read_captions(Path(args.data))
-    train = [(kind, file, file.with_suffix(".txt")) for split, kind, file in found if split == "train"]
+    train, named = [(kind, file) for split, kind, file in found if split == "train"], 0
     if len(train) < 2:
         fail(f"{args.data} has {len(train)} training images: what is wrong for one needs another")
-    named = {file: kind for kind, file, text in train if file not in table and not text.exists()}
-    for file in [file for file, kind in named.items() if not kind]:
-        fail(f"{file} has no caption in {file.stem}.txt or captions.jsonl, nor a folder named by it")
-    unknown = table.keys() - {file for *_, file in found}
-    if unknown:
-        print(f"captions of {len(unknown)} files that are not there, such as {min(unknown)}")
-    table |= {file: [f"a {Path(kind).name}"] for file, kind in named.items()}
-    captions = [table.get(file) or read_lines(text) for _, file, text in train]
     print(f"{args.data}: {len(train)} training images; {len(found) - len(train)} of test and val are left out")
+    if unknown := table.keys() - {file for *_, file in found}:
+        print(f"captions of {len(unknown)} files that are not there, such as {min(unknown)}")
+    for kind, file in train:
+        text = file.with_suffix(".txt")
+        if file not in table and text.exists():
+            table[file] = read_lines(text)
+        elif file not in table and kind:
+            table[file], named = [f"a {Path(kind).name}"], named + 1
+        elif file not in table:
+            fail(f"{file} has no caption in {text.name} or captions.jsonl, nor a folder named by it")
     if named:
-        print(f"{len(named)} images have no captions: the name of their folder is their sentence")
-    sizes = [(kind, file.name, file.stat().st_size) for kind, file, _ in train]
+        print(f"{named} images have no captions: the name of their folder is their sentence")
+    captions = [table[file] for _, file in train]
+    sizes = [(kind, file.name, file.stat().st_size) for kind, file in train]
     args.images = hashlib.sha256(repr((sizes, captions)).encode()).hexdigest()[:12]  # a run belongs to its images
 
     def read(args, shape, files):  # whatever the aspect, as the authors do
         image = read_image(files[0], args.white)
         if min(image.size) < args.size:
             fail(f"{files[0]} has {image.size} pixels, less than --size {args.size}")
-        return resize(pil_to_tensor(image), [args.load_size] * 2, antialias=True)
+        return resize(pil_to_tensor(image), shape[1:], antialias=True)
 
-    pixels = cache_images(args, [(file,) for _, file, _ in train], read, (3, args.load_size, args.load_size))
-    return pixels, captions, [kind for kind, *_ in train]
+    pixels = cache_images(args, [[file] for _, file in train], read, (3, args.load_size, args.load_size))
+    return pixels, captions, [kind for kind, _ in train]
 
 
 def load_captions(args):
-    """The data as a namespace. Of image i: pixels[i], uint8; kinds[i] is its class; captions many[i] from first[i] on.
+    """A namespace: `pixels` uint8 (N, 3, load_size, load_size), their classes `kinds` (N,), characters `said` (M, 201).
 
-    Of class k: its images are counts[k] from starts[k] on in `order`. `said` are the characters (M, 201) of all
-    captions, `asked` a few sentences to draw.
+    The captions of image i are many[i] rows of `said` from first[i] on; `asked` are sentences to draw.
     """
     if args.data == "toy":
         pixels, captions, classes = shapes(4000, 0, size=args.load_size)
@@ -521,67 +506,58 @@ def load_captions(args):
         asked = captions[:: math.ceil(len(captions) / 8)]
     kinds = np.unique(classes, axis=0, return_inverse=True)[1].ravel()
     kinds = kinds if kinds.any() else np.arange(len(kinds))  # without classes, each image is one
-    many, counts = np.array([*map(len, captions)]), np.bincount(kinds)
-    data = argparse.Namespace(pixels=pixels, kinds=kinds, many=many, first=many.cumsum() - many)
-    data.order, data.counts, data.starts = np.argsort(kinds, kind="stable"), counts, counts.cumsum() - counts
-    sentences = [*itertools.chain(*captions)]
+    sentences, many = [*itertools.chain(*captions)], np.array([*map(len, captions)])
     check_sentences(sentences)
-    data.said = spell(sentences).to(args.device)
-    data.asked = [sentences[0] for sentences in asked]
+    data = argparse.Namespace(pixels=pixels, kinds=kinds, many=many, first=many.cumsum() - many)
+    data.said, data.asked = spell(sentences).to(args.device), [some[0] for some in asked]
     return data
 
 
 def batches(args, E, data, images_seen):
-    """Yields the phase, the epoch, and what the step of the phase takes. Put your own loader here.
-
-    Phase 0: x (B, 3, size, size) in [-1, 1], characters (B, 201) of a caption of each, and classes (B,), as many as
-    there are. 1: x (B, 3 * pack, size, size) of images of one class, codes t (B, text) of the first, averaged over
-    --average captions, and of other classes. 2: t.
-    """
-    batch, size, count, codes = args.batch_size, args.size, len(data.kinds), None
+    """Yields the phase, the epoch, and what the step of that phase takes, without end. Put a loader of yours here."""
+    batch, count, share = args.batch_size, len(data.kinds), slice(RANK, None, WORLD)
+    starts = 0, args.text_epochs * count, (args.text_epochs + args.epochs) * count  # of the phases, in images
+    order, counts = np.argsort(data.kinds, kind="stable"), np.bincount(data.kinds)
+    firsts = counts.cumsum() - counts  # class k has counts[k] images, in `order` from firsts[k] on
     orders = functools.lru_cache(2)(lambda epoch: np.random.default_rng([args.seed, epoch]).permutation(count))
+    codes = functools.cache(lambda: encode_captions(E, data.said))  # once, when E is trained
 
     def images_of(kinds):
-        return data.order[data.starts[kinds] + (rng.random(len(kinds)) * data.counts[kinds]).astype(int)]
+        return order[firsts[kinds] + (rng.random(len(kinds)) * counts[kinds]).astype(int)]
 
     def captions_of(images, average):
         parts = (rng.random((len(images), average)) * data.many[images][:, None]).astype(int)
         return to_device(args, data.first[images][:, None] + parts)
 
     def codes_of(images):
-        return F.embedding_bag(captions_of(images, args.average), codes, mode="mean")
+        return F.embedding_bag(captions_of(images, args.average), codes(), mode="mean")
+
+    def crops_of(images, pack):  # each with others of its class
+        packs, crops = [images, *[images_of(data.kinds[images]) for _ in range(pack - 1)]], []
+        for image in np.stack(packs, 1).ravel().tolist():
+            top, left = rng.integers(args.load_size - args.size + 1, size=2)
+            crop = data.pixels[image, :, top : top + args.size, left : left + args.size]
+            crops.append(crop.flip(-1) if rng.random() < 0.5 else crop)
+        return to_device(args, torch.stack(crops).unflatten(0, (-1, pack)).flatten(1, 2)) / 127.5 - 1
 
     for images in itertools.count(images_seen, batch):
-        epoch, starts = images // count + 1, (0, args.text_epochs, args.text_epochs + args.epochs)
-        phase = (epoch > starts[1]) + (epoch > starts[2])
-        seen = images - starts[phase] * count  # in this phase
+        epoch, phase = images // count + 1, (images >= starts[1]) + (images >= starts[2])
+        seen = images - starts[phase]
         rng = np.random.default_rng([args.seed, phase, seen // batch])
+        chosen = np.array([orders(k // count)[k % count] for k in range(seen, seen + batch)])
         if phase == 0:  # all processes have all pairs, which E's loss compares
-            kinds, share = np.resize(rng.permutation(len(data.counts)), batch), slice(None)
-            chosen = images_of(kinds)
+            kinds = np.resize(rng.permutation(len(counts)), batch)
+            one_each = images_of(kinds)
+            x, which = crops_of(one_each, 1), captions_of(one_each, 1)[:, 0]
+            yield phase, epoch, x, data.said[which], to_device(args, kinds)
+        elif phase == 1:
+            x, kinds = crops_of(chosen, args.pack), np.tile(data.kinds[chosen], args.near)
+            others = images_of((kinds + rng.integers(1, len(counts), len(kinds))) % len(counts))
+            t, wrong = codes_of(chosen), codes_of(others).view(args.near, batch, -1)
+            nearest = (wrong - t).square_().sum(2, keepdim=True).argmin(0, keepdim=True)
+            yield phase, epoch, x[share], t[share], wrong.take_along_dim(nearest, 0)[0, share]
         else:
-            codes = encode_captions(E, data.said) if codes is None else codes
-            chosen = np.array([orders(k // count)[k % count] for k in range(seen, seen + batch)])
-            share = slice(RANK, None, WORLD)
-        if phase == 2:
             yield phase, epoch, codes_of(chosen)[share]
-            continue
-        crops, pack = [], args.pack if phase else 1
-        packs = [chosen, *[images_of(data.kinds[chosen]) for _ in range(pack - 1)]]
-        for image in np.stack(packs, 1).ravel().tolist():
-            top, left = (rng.integers(args.load_size - size + 1) for _ in range(2))
-            crop = data.pixels[image, :, top : top + size, left : left + size]
-            crops.append(crop.flip(-1) if rng.random() < 0.5 else crop)
-        x = torch.stack(crops).unflatten(0, (batch, pack)).flatten(1, 2)[share]
-        x = to_device(args, x) / 127.5 - 1
-        if phase == 0:
-            yield phase, epoch, x, data.said[captions_of(chosen, 1)[:, 0]], to_device(args, kinds)
-            continue
-        kinds = np.tile(data.kinds[chosen], args.near)
-        others = images_of((kinds + rng.integers(1, len(data.counts), len(kinds))) % len(data.counts))
-        t, wrong = codes_of(chosen), codes_of(others).view(args.near, batch, -1)
-        nearest = (wrong - t).square_().sum(2, keepdim=True).argmin(0, keepdim=True)
-        yield phase, epoch, x, t[share], wrong.take_along_dim(nearest, 0)[0, share]
 
 
 def to_device(args, values):
@@ -625,8 +601,7 @@ def save_samples(args, state, data, step):
     """
     torch.manual_seed(args.seed)
     z, way = torch.randn(4, args.nz, device=args.device), torch.linspace(0.25, 1, 4, device=args.device)[:, None]
-    edge, every = (args.load_size - args.size) // 2, math.ceil(len(data.pixels) / 4)
-    x = data.pixels[::every, :, edge : edge + args.size, edge : edge + args.size]
+    x = center_crop(data.pixels[:: math.ceil(len(data.pixels) / 4)], [args.size])
     style = copy.deepcopy(state["S"]).eval()(x.to(args.device) / 127.5 - 1)
     z = torch.cat([z, torch.lerp(z[3], z[0], way), z[:1].expand(4, -1), style])
     t = encode(state["E"], spell(data.asked).to(args.device))[:, None]  # (sentences, 1, text)
@@ -638,8 +613,7 @@ def save_samples(args, state, data, step):
         head = Image.new("RGB", (128, 128), "white")
         ImageDraw.Draw(head).text((4, 4), textwrap.fill(sentence, 19), "black", font_size=12)
         cells += [pil_to_tensor(head), *row]
-    titles = ["sentence", "noise 1", "noise 2", "noise 3", "noise 4", *["noise 4 to 1"] * 4, *["to next sentence"] * 4]
-    titles += ["style of image"] * len(x)
+    titles = ["text"] + ["noise"] * 4 + ["to first noise"] * 4 + ["to next sentence"] * 4 + ["style of image"] * len(x)
     save_grid(args.out / "samples" / f"{step:07}.png", cells, titles)
 
 
