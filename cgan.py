@@ -46,21 +46,18 @@ from torchvision.utils import make_grid
 from tqdm import tqdm
 
 METHOD, SCRIPT = "cgan", Path(__file__).stem
-SETS = {  # the named sets, and which defaults each changes
+SETS = {  # torchvision's class, how many of its images are for training, and other defaults
     "toy": dict(ngf=800, ndf=80, epochs=60, save_every=2000),
-    "mnist": dict(),
-    "fashion-mnist": dict(classes="t-shirt trouser pullover dress coat sandal shirt sneaker bag boot".split()),
-    "cifar10": dict(
-        classes="airplane automobile bird cat deer dog frog horse ship truck".split(),
-        **dict(net="conv", channels=3, size=32, epochs=250),
-    ),
+    "mnist": dict(reader="MNIST", count=50000),
+    "fashion-mnist": dict(reader="FashionMNIST", count=60000),
+    "cifar10": dict(reader="CIFAR10", count=50000, net="conv", channels=3, size=32, epochs=250),
 }
-READERS = {  # torchvision's, and the images to train on
-    "mnist": (datasets.MNIST, 50000),
-    "fashion-mnist": (datasets.FashionMNIST, 60000),
-    "cifar10": (datasets.CIFAR10, 50000),
+CLASSES = {  # names of the labels, which are digits in the other sets
+    "fashion-mnist": "t-shirt trouser pullover dress coat sandal shirt sneaker bag boot",
+    "cifar10": "airplane automobile bird cat deer dog frog horse ship truck",
 }
 NETS = {"mlp": dict(ngf=1200, ndf=240, lr=1e-3), "conv": dict(ngf=64, ndf=64, lr=2e-4)}  # and their rates of Adam
+OPTIMISERS = {"sgd": dict(lr=0.1, epochs=250), "adam": dict(epochs=40)}
 FIXED = "white size channels net cbn nz ngf ndf optimiser seed".split()
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 SPLITS = {"train": "train", "val": "val", "eval": "val", "dev": "val", "test": "test"}
@@ -82,13 +79,13 @@ def get_args(argv=None):
     add("--net", choices=NETS, default="mlp", help="the paper's networks for MNIST, or convolutional")
     add("--cbn", action="store_true", help="conv: G takes the label by conditional batch norm (Dumoulin et al. 2016)")
     add("--nz", type=int, default=100, help="numbers in z")
-    add("--ngf", type=int, help="units of G's last hidden layer, or channels; None: 1200, conv 64")
-    add("--ndf", type=int, help="maxout units of D's layers, or channels of its first; None: 240, conv 64")
-    add("--optimiser", choices=("sgd", "adam"), default="adam", help="sgd is the paper's, and slower")
+    add("--ngf", type=int, help="units of G's last hidden layer, or channels")
+    add("--ndf", type=int, help="maxout units of D's layers, or channels of its first")
+    add("--optimiser", choices=OPTIMISERS, default="adam", help="sgd is the paper's, and slower")
     add = parser.add_argument_group("training").add_argument
-    add("--epochs", type=int, help="passes over the images; None: SGD 250, Adam 40")
+    add("--epochs", type=int, help="passes over the images")
     add("--batch-size", type=int, default=100, help="images in an update")
-    add("--lr", type=float, help="learning rate, of SGD at first; None: SGD .1, Adam 1e-3, conv 2e-4")
+    add("--lr", type=float, help="learning rate, of SGD at first; SGD .1, Adam 1e-3, conv 2e-4")
     add("--seed", type=int, default=0, help="of weights, order, noise and dropout; of z for --sample")
     add("--out", type=Path, help=f"run folder; None: runs/{SCRIPT}-DATA")
     add("--init", type=Path, metavar="RUN", help="start from the weights of another run (fine-tuning)")
@@ -104,14 +101,13 @@ def get_args(argv=None):
     add("--to", type=Path, help="folder for samples; None: OUT/sampled")
     data = parser.parse_known_args(argv)[0].data  # first, as the other defaults depend on it
     data = f"./{data}" if data in SETS and Path(data).is_dir() else data  # a folder that is there comes first
-    parser.set_defaults(**{"classes": [*"0123456789"]} | SETS.get(data, {}))  # a folder has classes of its own
+    parser.set_defaults(**SETS.get(data, {}))
+    given = parser.parse_known_args(argv)[0]
+    parser.set_defaults(**NETS[given.net] | OPTIMISERS[given.optimiser] | SETS.get(data, {}))
     parser.add_argument("-h", "--help", action="help", help="show this; defaults are those of --data")
     args = parser.parse_args(argv)
     args.data, args.precision = data, args.precision.replace("auto", "fp32")
-    sgd = dict(lr=0.1, epochs=250) if args.optimiser == "sgd" else {}
-    for name, value in (NETS[args.net] | dict(epochs=40) | sgd).items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
+    args.classes = CLASSES.get(data, "0 1 2 3 4 5 6 7 8 9").split()  # a folder has its own
     check_args(args, may_be_zero=("lr", "seed"))
     if args.net == "conv" and args.size not in (28, 32):
         fail(f"--size {args.size}: the convolutional networks take 28 or 32 pixels")
@@ -136,16 +132,8 @@ class Maxout(nn.Module):
         return self.linear(x).unflatten(1, (-1, self.pieces)).amax(2)
 
 
-def one_hot(y, classes):
-    """Labels (N,) -> (N, classes), 1 at the label and 0 elsewhere; F.one_hot would read the labels back."""
-    return (y[:, None] == torch.arange(classes, device=y.device)).float()
-
-
 class Generator(nn.Module):
-    """z (N, nz) and labels (N,) -> x (N, channels, size, size) in [0, 1] (Sec. 4.1).
-
-    z -> 200 ReLU, label -> 1000 ReLU, both -> 1200 ReLU -> sigmoid, where ngf is 1200.
-    """
+    """z (N, nz), labels (N,) -> x (N, channels, size, size) in [0, 1]; 200 units of z, 1000 of the label (Sec. 4.1)."""
 
     def __init__(self, classes=10, nz=100, ngf=1200, channels=1, size=28):
         super().__init__()
@@ -155,15 +143,12 @@ class Generator(nn.Module):
         self.layers = nn.Sequential(nn.ReLU(), nn.Dropout(0.5), *last)
 
     def forward(self, z, y):
-        joined = torch.cat([self.of_z(z), self.of_y(one_hot(y, self.classes))], 1)  # (N, 1200)
-        return self.layers(joined).view(-1, *self.shape)
+        one_hot = torch.eye(self.classes, device=y.device)[y]
+        return self.layers(torch.cat([self.of_z(z), self.of_y(one_hot)], 1)).view(-1, *self.shape)
 
 
 class Discriminator(nn.Module):
-    """x (N, channels, size, size) in [0, 1] and labels (N,) -> logits (N,) (Sec. 4.1).
-
-    x -> 240 maxout units of 5 pieces, label -> 50 of 5, both -> 240 of 4, where ndf is 240.
-    """
+    """x (N, C, size, size) in [0, 1], labels (N,) -> logits (N,); 240 maxout units of x, 50 of the label (Sec. 4.1)."""
 
     def __init__(self, classes=10, ndf=240, channels=1, size=28):
         super().__init__()
@@ -174,8 +159,8 @@ class Discriminator(nn.Module):
         self.layers = nn.Sequential(nn.Dropout(0.5), *last)
 
     def forward(self, x, y):
-        joined = torch.cat([self.of_x(x.flatten(1)), self.of_y(one_hot(y, self.classes))], 1)
-        return self.layers(joined).squeeze(1)
+        one_hot = torch.eye(self.classes, device=y.device)[y]
+        return self.layers(torch.cat([self.of_x(x.flatten(1)), self.of_y(one_hot)], 1)).squeeze(1)
 
 
 class ConditionalNorm(nn.Module):
@@ -203,7 +188,7 @@ class ConvGenerator(nn.Module):
         self.norms = nn.ModuleList(ConditionalNorm(classes, c) if cbn else nn.BatchNorm2d(c) for c in width[1:-1])
 
     def forward(self, z, y):
-        x, label = z[:, :, None, None], one_hot(y, self.classes)[:, :, None, None]
+        x, label = z[:, :, None, None], torch.eye(self.classes, device=y.device)[y, :, None, None]
         for i, conv in enumerate(self.convs):
             x = conv(x if self.cbn else torch.cat([x, label.expand(-1, -1, *x.shape[2:])], 1))
             if i < len(self.norms):
@@ -222,7 +207,7 @@ class ConvDiscriminator(nn.Module):
         self.layers = nn.Sequential(*convs, nn.Conv2d(2 * ndf, 1, size // 4))
 
     def forward(self, x, y):
-        label = one_hot(y, self.classes)[:, :, None, None].expand(-1, -1, *x.shape[2:])
+        label = torch.eye(self.classes, device=y.device)[y, :, None, None].expand(-1, -1, *x.shape[2:])
         return self.layers(torch.cat([x, label], 1)).flatten()
 
 
@@ -288,10 +273,7 @@ def build(args):
 
 
 def make_step(args, state):
-    """Returns `step(x, y)`: one update of D and G on images (N, C, size, size) in [0, 1] and their labels (N,).
-
-    It returns its losses as 0-d tensors and reads nothing back from the device, so a CUDA graph can record it.
-    """
+    """Returns `step(x, y)`: one update of D and G on x (N, C, size, size) in [0, 1] and labels (N,)."""
     G, D, opt_G, opt_D = state["G"], state["D"], state["opt_G"], state["opt_D"]
 
     def step(x, y):
@@ -337,19 +319,17 @@ def train(args):
 
 
 def digits(count, seed, size=28):
-    """Toy digits, uint8 (count, 1, size, size), white on black, and labels (count,).
-
-    Ten glyphs of 5x7 dots under random affine maps, with random stroke width and noise.
-    """
+    """Toy digits, uint8 (count, 1, size, size), white on black, and labels (count,): glyphs under affine maps."""
     rng = np.random.default_rng(seed)
-    rows = "ehhhhhe 4c4444e eh1248v v2421he 26aiv22 vgu11he 68guhhe v124888 ehhehhe ehhf12c"  # of dots, base 32
-    glyphs = [[[int(dots, 32) >> i & 1 for i in range(4, -1, -1)] for dots in glyph] for glyph in rows.split()]
+    rows = "ehhhhhe 4c4444e eh1248v v2421he 26aiv22 vgu11he 68guhhe v124888 ehhehhe ehhf12c"  # 5 dots a base 32 digit
+    glyphs = np.array([[int(dots, 32) for dots in glyph] for glyph in rows.split()])[..., None] >> [4, 3, 2, 1, 0] & 1
     labels, (turn, slant) = rng.integers(0, 10, count), rng.uniform(-0.2, 0.2, (2, count))
     wide, high = rng.uniform(1.3, 1.9, count), rng.uniform(1.1, 1.4, count)
-    maps = np.array([[wide * np.cos(turn), wide * (slant - np.sin(turn)), rng.uniform(-0.25, 0.25, count)],
-                     [high * np.sin(turn), high * np.cos(turn), rng.uniform(-0.12, 0.12, count)]])  # fmt: skip
-    grid = F.affine_grid(torch.from_numpy(maps.transpose(2, 0, 1)).float(), (count, 1, size, size), align_corners=False)
-    ink = F.grid_sample(torch.tensor(glyphs)[labels, None].float(), grid, align_corners=False)
+    x_axis = [wide * np.cos(turn), wide * (slant - np.sin(turn)), rng.uniform(-0.25, 0.25, count)]
+    y_axis = [high * np.sin(turn), high * np.cos(turn), rng.uniform(-0.12, 0.12, count)]
+    maps = torch.from_numpy(np.array([x_axis, y_axis])).permute(2, 0, 1).float()
+    grid = F.affine_grid(maps, (count, 1, size, size), align_corners=False)
+    ink = F.grid_sample(torch.from_numpy(glyphs)[labels, None].float(), grid, align_corners=False)
     thin, grain = rng.uniform(0.25, 0.45, (count, 1, 1, 1)), rng.normal(0, 6, (count, 1, size, size))
     pixels = (5 * (ink.numpy() - thin)).clip(0, 1) * 250 + abs(grain)
     return torch.from_numpy(pixels.clip(0, 255).astype(np.uint8)), torch.from_numpy(labels)
@@ -357,25 +337,24 @@ def digits(count, seed, size=28):
 
 def load_images(args):
     """The training images, uint8 (N, channels, size, size), and their labels (N,), on the device. Sets args.classes."""
-    args.images, shape = args.data, (args.size, args.size)  # a run belongs to its images
+    args.images, shape = args.data, (args.size, args.size)
     if args.data == "toy":
         images, labels = digits(10000, 0, args.size)
     elif args.data in SETS:
-        kind, count = READERS[args.data]
         with explain_errors(f"{args.data} cannot be downloaded: put torchvision's files for it into {args.data_root}"):
-            data = kind(args.data_root, download=True)
-        images, labels = torch.as_tensor(data.data[:count]), torch.as_tensor(data.targets[:count])
+            data = getattr(datasets, args.reader)(args.data_root, download=True)
+        images, labels = torch.as_tensor(data.data[: args.count]), torch.as_tensor(data.targets[: args.count])
         images = resize(images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2), shape)
     else:
-        found, mode = find_images(Path(args.data)), "RGB" if args.channels == 3 else "L"
+        found = find_images(args.data)
         files = {file: folder.partition("/")[0] for split, folder, file in found if split == "train"}
         args.classes = sorted({*files.values()})
         if len(args.classes) < 2 or "" in args.classes:
             fail(f"{args.data} needs a folder of training images for each label, at least two, and none beside them")
         sizes = [(name, file.name, file.stat().st_size) for file, name in files.items()]
-        args.images = hashlib.sha256(repr(sizes).encode()).hexdigest()[:12]
-        kind = f"{args.size}x{args.size} {'gray' if mode == 'L' else 'RGB'}"
-        print(f"{args.data}: {len(files)} of {len(found)} images are for training; they are turned to {kind}")
+        args.images = hashlib.sha256(repr(sizes).encode()).hexdigest()[:12]  # a run belongs to its images
+        mode, colour = ("L", "gray") if args.channels == 1 else ("RGB", "RGB")
+        print(f"{args.data}: {len(files)} of {len(found)} images are for training, as {args.size}x{args.size} {colour}")
         print(f"{len(args.classes)} labels: {', '.join(args.classes)}")
         squares = [ImageOps.fit(read_image(file, args.white).convert(mode), shape) for file in files]
         images = torch.stack([pil_to_tensor(square) for square in squares])
@@ -385,18 +364,15 @@ def load_images(args):
 
 
 def batches(args, images, labels, images_seen):
-    """Yields epoch, x (B, C, size, size) in [0, 1] and y (B,), without end: here goes a data loader of your own."""
-
-    def order(number):  # of a pass over the images; it stays on the device
-        return torch.from_numpy(np.random.default_rng([args.seed, number]).permutation(len(images))).to(args.device)
-
-    number, start = divmod(images_seen, len(images))
-    queue = order(number)[start:]
-    for first in itertools.count(images_seen, args.batch_size):
-        while len(queue) < args.batch_size:  # a batch may reach into the next passes
-            number += 1
-            queue = torch.cat([queue, order(number)])
-        chosen, queue = queue[: args.batch_size], queue[args.batch_size :]
+    """Yields epoch, x (B, C, size, size) in [0, 1] and y (B,), without end. Put your own loader here."""
+    size, epochs = args.batch_size, itertools.count(images_seen // len(images))
+    rngs = (np.random.default_rng([args.seed, epoch]) for epoch in epochs)
+    orders = (torch.from_numpy(rng.permutation(len(images))).to(images.device) for rng in rngs)
+    queue = next(orders)[images_seen % len(images) :]
+    for first in itertools.count(images_seen, size):
+        while len(queue) < size:  # a batch may reach into the next epochs
+            queue = torch.cat([queue, next(orders)])
+        chosen, queue = queue[:size], queue[size:]
         yield first // len(images) + 1, images[chosen] / 255, labels[chosen]
 
 
@@ -421,15 +397,11 @@ def save_samples(args, G, z, path):
     for label in range(len(args.classes)):
         torch.manual_seed(args.seed)  # the same masks for every label
         columns.append(draw(args, G, z, torch.full((len(z),), label, device=z.device)))
-    images = torch.stack(columns, 1).flatten(0, 1)
-    save_grid(path, images, args.classes)
+    save_grid(path, torch.stack(columns, 1).flatten(0, 1), args.classes)
 
 
 def load_generator(run, device="cpu"):
-    """G of a run folder, z (N, nz) and labels (N,) to x (N, C, size, size) in [0, 1], with dropout as D saw it.
-
-    Label i is G.settings.classes[i].
-    """
+    """G of a run folder, z (N, nz), labels (N,) -> x in [0, 1]. Label i is G.settings.classes[i]. Dropout stays on."""
     checkpoint = load_checkpoint(run)
     settings = argparse.Namespace(**checkpoint["settings"])
     with explain_errors(f"{run}/last.pt is damaged"), torch.device("meta"):  # the weights are those of the file

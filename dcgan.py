@@ -51,21 +51,16 @@ from torchvision.utils import make_grid
 from tqdm import tqdm
 
 METHOD, SCRIPT = "dcgan", Path(__file__).stem
-SETS = {  # the named sets, and which defaults each changes
+SETS = {  # torchvision's class, a file that it reads, and other defaults
     "toy": dict(size=28, channels=1, ngf=24, ndf=24, epochs=30, batch_size=64, save_every=600),
-    **dict.fromkeys(("mnist", "fashion-mnist"), dict(size=28, channels=1)),
-    **dict.fromkeys(("cifar10", "svhn"), dict(size=32)),
-    "celeba": dict(),
-    "lsun": dict(epochs=5),
+    "mnist": dict(reader="MNIST", file="MNIST/raw/train-images-idx3-ubyte", size=28, channels=1),
+    "fashion-mnist": dict(reader="FashionMNIST", file="FashionMNIST/raw/train-images-idx3-ubyte", size=28, channels=1),
+    "cifar10": dict(reader="CIFAR10", file="cifar-10-batches-py/data_batch_1", size=32),
+    "svhn": dict(reader="SVHN", file="train_32x32.mat", size=32),
+    "celeba": dict(reader="CelebA", file="celeba/list_eval_partition.txt"),
+    "lsun": dict(reader="LSUN", file="bedroom_train_lmdb/data.mdb", epochs=5),
 }
-READERS = {  # torchvision's class for each, the package that it needs, and a file that it reads
-    "mnist": (datasets.MNIST, None, "MNIST/raw/train-images-idx3-ubyte"),
-    "fashion-mnist": (datasets.FashionMNIST, None, "FashionMNIST/raw/train-images-idx3-ubyte"),
-    "cifar10": (datasets.CIFAR10, None, "cifar-10-batches-py/data_batch_1"),
-    "svhn": (datasets.SVHN, "scipy", "train_32x32.mat"),
-    "celeba": (datasets.CelebA, "gdown", "celeba/list_eval_partition.txt"),
-    "lsun": (datasets.LSUN, "lmdb", "bedroom_train_lmdb/data.mdb"),
-}
+NEEDS = {"svhn": "scipy", "celeba": "gdown", "lsun": "lmdb"}  # the packages that torchvision wants for these
 COLUMNS = ["sample 0, 10, ...", *"123456789"]  # the numbers of samples, for --arithmetic and --turn
 CRITICS = {"wgan": dict(k=5, lr=5e-5), "wgan-gp": dict(k=5, lr=1e-4)}  # losses, and which defaults each changes
 FIXED = "white size channels kernel nz ngf ndf loss k seed".split()
@@ -81,7 +76,7 @@ def get_args(argv=None):
     parser.description = __doc__.partition("\n")[0]
     parser.formatter_class = functools.partial(argparse.ArgumentDefaultsHelpFormatter, width=120, max_help_position=36)
     add = parser.add_argument_group("data").add_argument
-    needs = "; ".join(f"{name} needs {package}" for name, (_, package, _) in READERS.items() if package)
+    needs = "; ".join(f"{name} needs {package}" for name, package in NEEDS.items())
     add("--data", default="toy", help=f"a folder of images, or one of {', '.join(SETS)}")
     add("--data-root", type=Path, default="data", help=f"for downloads; {needs}")
     add("--white", type=int, default=65535, help="16-bit pixel value that is white")
@@ -131,15 +126,12 @@ def get_args(argv=None):
 
 
 class Generator(nn.Module):
-    """z (N, nz) -> x (N, channels, size, size) in [-1, 1]: a 4x4 map of z, doubled until it is an image (Fig. 1).
-
-    64 pixels: 8 * ngf channels at 4x4, then 4 * ngf, 2 * ngf, ngf, image. 28 pixels start from 7x7.
-    """
+    """z (N, nz) -> x (N, channels, size, size) in [-1, 1]: a 4x4 map of z, doubled until it is an image (Fig. 1)."""
 
     def __init__(self, size=64, channels=3, kernel=5, nz=100, ngf=128):
         super().__init__()
         start = 7 if size == 28 else 4
-        width = [ngf * 2**i for i in reversed(range(int(math.log2(size // start))))]
+        width = [ngf * 2**i for i in reversed(range(int(math.log2(size // start))))]  # 64 pixels: 8, 4, 2, 1 times ngf
         layers = [nn.ConvTranspose2d(nz, width[0], start, bias=False), nn.BatchNorm2d(width[0]), nn.ReLU()]
         for c_in, c_out in zip(width, [*width[1:], channels]):
             layers.append(nn.ConvTranspose2d(c_in, c_out, kernel, 2, (kernel - 1) // 2, kernel - 4, bias=False))
@@ -271,19 +263,17 @@ def train(args):
 
 
 def digits(count, seed, size=28):
-    """Toy digits, uint8 (count, 1, size, size), white on black, and labels (count,).
-
-    Ten glyphs of 5x7 dots under random affine maps, with random stroke width and noise.
-    """
+    """Toy digits, uint8 (count, 1, size, size), white on black, and labels (count,): glyphs under affine maps."""
     rng = np.random.default_rng(seed)
-    rows = "ehhhhhe 4c4444e eh1248v v2421he 26aiv22 vgu11he 68guhhe v124888 ehhehhe ehhf12c"  # of dots, base 32
-    glyphs = [[[int(dots, 32) >> i & 1 for i in range(4, -1, -1)] for dots in glyph] for glyph in rows.split()]
+    rows = "ehhhhhe 4c4444e eh1248v v2421he 26aiv22 vgu11he 68guhhe v124888 ehhehhe ehhf12c"  # 5 dots a base 32 digit
+    glyphs = np.array([[int(dots, 32) for dots in glyph] for glyph in rows.split()])[..., None] >> [4, 3, 2, 1, 0] & 1
     labels, (turn, slant) = rng.integers(0, 10, count), rng.uniform(-0.2, 0.2, (2, count))
     wide, high = rng.uniform(1.3, 1.9, count), rng.uniform(1.1, 1.4, count)
-    maps = np.array([[wide * np.cos(turn), wide * (slant - np.sin(turn)), rng.uniform(-0.25, 0.25, count)],
-                     [high * np.sin(turn), high * np.cos(turn), rng.uniform(-0.12, 0.12, count)]])  # fmt: skip
-    grid = F.affine_grid(torch.from_numpy(maps.transpose(2, 0, 1)).float(), (count, 1, size, size), align_corners=False)
-    ink = F.grid_sample(torch.tensor(glyphs)[labels, None].float(), grid, align_corners=False)
+    x_axis = [wide * np.cos(turn), wide * (slant - np.sin(turn)), rng.uniform(-0.25, 0.25, count)]
+    y_axis = [high * np.sin(turn), high * np.cos(turn), rng.uniform(-0.12, 0.12, count)]
+    maps = torch.from_numpy(np.array([x_axis, y_axis])).permute(2, 0, 1).float()
+    grid = F.affine_grid(maps, (count, 1, size, size), align_corners=False)
+    ink = F.grid_sample(torch.from_numpy(glyphs)[labels, None].float(), grid, align_corners=False)
     thin, grain = rng.uniform(0.25, 0.45, (count, 1, 1, 1)), rng.normal(0, 6, (count, 1, size, size))
     pixels = (5 * (ink.numpy() - thin)).clip(0, 1) * 250 + abs(grain)
     return torch.from_numpy(pixels.clip(0, 255).astype(np.uint8)), torch.from_numpy(labels)
@@ -295,46 +285,41 @@ def load_images(args):
     if args.data == "toy":
         return digits(10000, 0, args.size)[0].expand(-1, args.channels, -1, -1).to(args.device)
     if args.data in SETS:
-        reader, package, file = READERS[args.data]
-        if package and not importlib.util.find_spec(package):
-            fail(f"--data {args.data} needs one more package: pip install {package}")
+        if args.data in NEEDS and not importlib.util.find_spec(NEEDS[args.data]):
+            fail(f"--data {args.data} needs one more package: pip install {NEEDS[args.data]}")
         options = {"classes": ["bedroom_train"]} if args.data == "lsun" else {"download": True}
-        sentence = f"--data {args.data} cannot be downloaded: put it into {args.data_root} yourself"
+        sentence = f"{args.data} cannot be downloaded: put torchvision's files for it into {args.data_root}"
         with FileLock(args.data_root / f"{args.data}.lock"), explain_errors(sentence):
-            data = reader(args.data_root, **options)
-        groups = [{args.data_root / file: i} for i in range(len(data))]  # cache_images looks at the file only
+            data = getattr(datasets, args.reader)(args.data_root, **options)
+        groups = [{args.data_root / args.file: i} for i in range(len(data))]  # cache_images looks at the file only
     else:
         found = find_images(args.data)
-        groups = [{file: None} for split, _, file in found if split == "train"]
-        sizes = [(file.name, file.stat().st_size) for group in groups for file in group]
+        files = [file for split, _, file in found if split == "train"] or fail(f"{args.data} has no training images")
+        sizes = [(file.name, file.stat().st_size) for file in files]
         args.images = hashlib.sha256(repr(sizes).encode()).hexdigest()[:12]  # a run belongs to its images
-        print(
-            f"{args.data}: {len(groups)} training images, {len(found) - len(groups)} others; squares of --size are used"
-        )
-        if not groups:
-            fail(f"{args.data} has no training images")
+        print(f"{args.data}: {len(files)} of {len(found)} images are for training; their middle squares are used")
+        groups = [{file: None} for file in files]
 
     def read(args, shape, group):
-        ((file, i),) = group.items()
+        [(file, i)] = group.items()
         image = data[i][0] if args.data in SETS else read_image(file, args.white)
         image = image.crop((30, 40, 168, 178)) if args.data == "celeba" else image  # the face (Torch code)
-        return pil_to_tensor(ImageOps.fit(image.convert("L" if args.channels == 1 else "RGB"), (args.size, args.size)))
+        return pil_to_tensor(ImageOps.fit(image.convert("L" if args.channels == 1 else "RGB"), shape[1:]))
 
     return cache_images(args, groups, read, (args.channels, args.size, args.size))
 
 
 def batches(args, images, images_seen):
-    """Yields epoch and x (k * B, C, size, size) in [-1, 1]. Put your own loader here."""
-
-    def order(epoch):  # it stays on the device, so that the host need not wait
-        return torch.from_numpy(np.random.default_rng([args.seed, epoch]).permutation(len(images))).to(images.device)
-
-    orders, size = map(order, itertools.count(images_seen // len(images))), args.k * args.batch_size
+    """Yields epoch and x (k * B, C, size, size) in [-1, 1], without end. Put your own loader here."""
+    size, epochs = args.k * args.batch_size, itertools.count(images_seen // len(images))
+    rngs = (np.random.default_rng([args.seed, epoch]) for epoch in epochs)
+    orders = (torch.from_numpy(rng.permutation(len(images))).to(images.device) for rng in rngs)
     queue = next(orders)[images_seen % len(images) :]
     for first in itertools.count(images_seen, size):
         while len(queue) < size:  # a batch may reach into the next epochs
             queue = torch.cat([queue, next(orders)])
-        pixels, queue = images[queue[RANK:size:WORLD]], queue[size:]
+        chosen, queue = queue[RANK:size:WORLD], queue[size:]
+        pixels = images[chosen]
         pixels = pixels.pin_memory() if "cuda" in args.device and not pixels.is_cuda else pixels
         yield first // len(images) + 1, pixels.to(args.device, non_blocking=True) / 127.5 - 1
 
@@ -390,9 +375,8 @@ def sample(args):
             atomic_write(to / f"{i:05}.png", to_pil_image(image).save)
         print(f"{args.sample} images are drawn into {to}, which has {len([*to.iterdir()])} now")
         save_grid(to.with_name(f"{to.name}-sheet.png"), images[:100], COLUMNS)
-        save_grid(
-            to.with_name(f"{to.name}-walk.png"), draw_lines(args, G, z[:-1], z[1:]), ["G(z)", *[""] * 7, "G(z')"]
-        )  # Fig. 4
+        walk = draw_lines(args, G, z[:-1], z[1:])  # Fig. 4
+        save_grid(to.with_name(f"{to.name}-walk.png"), walk, ["G(z)", *[""] * 7, "G(z')"])
     if args.arithmetic:  # the sum among eight neighbours, then its terms (Fig. 7)
         z, signs = means(args, args.seed, args.arithmetic)
         noise = codes(args, [args.seed, 1], 9) * 0.25

@@ -48,22 +48,18 @@ from torchvision.utils import make_grid
 from tqdm import tqdm
 
 METHOD, SCRIPT = "gan", Path(__file__).stem
-SETS = {  # the named sets, and which defaults each changes
+SETS = {  # torchvision's class, how many of its images are for training, and other defaults
     "toy": dict(optimiser="adam", average=0.999, ngf=400, ndf=80, epochs=60, save_every=2000),
-    "mnist": dict(),
-    "fashion-mnist": dict(),
-    "cifar10": dict(net="fc", channels=3, size=32),
-}
-READERS = {  # torchvision's, and the images to train on
-    "mnist": (datasets.MNIST, 50000),
-    "fashion-mnist": (datasets.FashionMNIST, 50000),
-    "cifar10": (datasets.CIFAR10, 40000),
+    "mnist": dict(reader="MNIST", count=50000),
+    "fashion-mnist": dict(reader="FashionMNIST", count=50000),
+    "cifar10": dict(reader="CIFAR10", count=40000, net="fc", channels=3, size=32),
 }
 NETS = {  # the authors' networks, and their rates of SGD
     "mnist": dict(ngf=1200, ndf=240, lr=0.1),
     "fc": dict(ngf=8000, ndf=1600, lr=0.025),
     "conv": dict(ngf=8000, ndf=32, lr=0.004),
 }
+OPTIMISERS = {"sgd": dict(epochs=250, average=0.0), "adam": dict(lr=1e-3, epochs=40, average=0.9999)}
 FIXED = "white size channels net nz ngf ndf k saturating optimiser average seed".split()
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 SPLITS = {"train": "train", "val": "val", "eval": "val", "dev": "val", "test": "test"}
@@ -84,16 +80,16 @@ def get_args(argv=None):
     add = parser.add_argument_group("method").add_argument
     add("--net", choices=NETS, default="mnist", help="networks for MNIST, or one of the pairs for CIFAR-10")
     add("--nz", type=int, default=100, help="numbers in z")
-    add("--ngf", type=int, help="units of G's hidden layers; None: 1200, fc and conv 8000")
-    add("--ndf", type=int, help="maxout units of D's layers, or channels of its first; None: 240, fc 1600, conv 32")
+    add("--ngf", type=int, help="units of G's hidden layers; fc and conv 8000")
+    add("--ndf", type=int, help="maxout units of D's layers, fc 1600; channels of its first, conv 32")
     add("--k", type=int, default=1, help="updates of D for one of G, Algorithm 1")
     add("--saturating", action="store_true", help="G descends log(1 - D(G(z))), as Algorithm 1 prints it")
-    add("--optimiser", choices=("sgd", "adam"), default="sgd", help="the authors', or the faster one")
-    add("--average", type=float, help="draw with a mean of G that keeps this much an update; None: SGD 0, Adam .9999")
+    add("--optimiser", choices=OPTIMISERS, default="sgd", help="the authors', or the faster one")
+    add("--average", type=float, help="draw with a mean of G that keeps this much an update")
     add = parser.add_argument_group("training").add_argument
-    add("--epochs", type=int, help="passes over the images; None: SGD 250, Adam 40")
+    add("--epochs", type=int, help="passes over the images")
     add("--batch-size", type=int, default=100, help="images in an update of D")
-    add("--lr", type=float, help="learning rate, of SGD at first; None: .1, fc .025, conv .004, Adam 1e-3")
+    add("--lr", type=float, help="learning rate, of SGD at first; .1, fc .025, conv .004, Adam 1e-3")
     add("--seed", type=int, default=0, help="of weights, order, noise and dropout; of z for --sample")
     add("--out", type=Path, help=f"run folder; None: runs/{SCRIPT}-DATA")
     add("--init", type=Path, metavar="RUN", help="start from the weights of another run (fine-tuning)")
@@ -109,13 +105,11 @@ def get_args(argv=None):
     data = parser.parse_known_args(argv)[0].data  # first, as the other defaults depend on it
     data = f"./{data}" if data in SETS and Path(data).is_dir() else data  # a folder that is there comes first
     parser.set_defaults(**SETS.get(data, {}))
+    given = parser.parse_known_args(argv)[0]
+    parser.set_defaults(**NETS[given.net] | OPTIMISERS[given.optimiser] | SETS.get(data, {}))
     parser.add_argument("-h", "--help", action="help", help="show this; defaults are those of --data")
     args = parser.parse_args(argv)
     args.data, args.precision = data, args.precision.replace("auto", "fp32")
-    adam = dict(lr=1e-3, epochs=40, average=0.9999) if args.optimiser == "adam" else {}
-    for name, value in (NETS[args.net] | dict(epochs=250, average=0.0) | adam).items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
     check_args(args, may_be_zero=("average", "lr", "seed"))
     if args.net == "conv" and (args.size < 20 or args.size % 3 != 2):
         fail(f"--size {args.size}: the convolutional networks take 20, 23, 26, 29, 32, ... pixels")
@@ -130,11 +124,7 @@ def get_args(argv=None):
 
 
 class Generator(nn.Module):
-    """z (N, nz) -> two hidden layers -> x (N, channels, size, size). The three networks are those of the authors' code.
-
-    mnist: ReLU, ReLU, sigmoid, x in [0, 1]. fc: ReLU, sigmoid, linear. conv: ReLU, sigmoid, then a transposed
-    convolution, 5x5 with stride 3, and a bias for each pixel. The x of these two has mean 0 and variance 1.
-    """
+    """z (N, nz) -> x (N, channels, size, size), in [0, 1] for mnist, of mean 0 and variance 1 for fc and conv."""
 
     def __init__(self, net="mnist", nz=100, ngf=1200, channels=1, size=28):
         super().__init__()
@@ -165,10 +155,7 @@ class Maxout(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """x (N, channels, size, size) -> logits (N,). Two layers of maxout units; conv: three of channels, one of units.
-
-    Dropout keeps .8 of the input, and .5 of what each layer gives to the next.
-    """
+    """x (N, channels, size, size) -> logits (N,). Two layers of maxout units; conv: three of channels, one of units."""
 
     def __init__(self, net="mnist", ndf=240, channels=1, size=28):
         super().__init__()
@@ -248,10 +235,7 @@ def build(args):
 
 
 def make_step(args, state):
-    """Returns `step(x)`: k updates of D and one of G (Algorithm 1) on x (k * N, C, size, size), scaled as G's output.
-
-    It returns its losses as 0-d tensors and reads nothing back from the device, so a CUDA graph can record it.
-    """
+    """Returns `step(x)`: k updates of D, one of G (Algorithm 1), on x (k * N, C, size, size) scaled as G(z)."""
     G, D, opt_G, opt_D = state["G"], state["D"], state["opt_G"], state["opt_D"]
 
     def step(x):
@@ -306,19 +290,17 @@ def train(args):
 
 
 def digits(count, seed, size=28):
-    """Toy digits, uint8 (count, 1, size, size), white on black, and labels (count,).
-
-    Ten glyphs of 5x7 dots under random affine maps, with random stroke width and noise.
-    """
+    """Toy digits, uint8 (count, 1, size, size), white on black, and labels (count,): glyphs under affine maps."""
     rng = np.random.default_rng(seed)
-    rows = "ehhhhhe 4c4444e eh1248v v2421he 26aiv22 vgu11he 68guhhe v124888 ehhehhe ehhf12c"  # of dots, base 32
-    glyphs = [[[int(dots, 32) >> i & 1 for i in range(4, -1, -1)] for dots in glyph] for glyph in rows.split()]
+    rows = "ehhhhhe 4c4444e eh1248v v2421he 26aiv22 vgu11he 68guhhe v124888 ehhehhe ehhf12c"  # 5 dots a base 32 digit
+    glyphs = np.array([[int(dots, 32) for dots in glyph] for glyph in rows.split()])[..., None] >> [4, 3, 2, 1, 0] & 1
     labels, (turn, slant) = rng.integers(0, 10, count), rng.uniform(-0.2, 0.2, (2, count))
     wide, high = rng.uniform(1.3, 1.9, count), rng.uniform(1.1, 1.4, count)
-    maps = np.array([[wide * np.cos(turn), wide * (slant - np.sin(turn)), rng.uniform(-0.25, 0.25, count)],
-                     [high * np.sin(turn), high * np.cos(turn), rng.uniform(-0.12, 0.12, count)]])  # fmt: skip
-    grid = F.affine_grid(torch.from_numpy(maps.transpose(2, 0, 1)).float(), (count, 1, size, size), align_corners=False)
-    ink = F.grid_sample(torch.tensor(glyphs)[labels, None].float(), grid, align_corners=False)
+    x_axis = [wide * np.cos(turn), wide * (slant - np.sin(turn)), rng.uniform(-0.25, 0.25, count)]
+    y_axis = [high * np.sin(turn), high * np.cos(turn), rng.uniform(-0.12, 0.12, count)]
+    maps = torch.from_numpy(np.array([x_axis, y_axis])).permute(2, 0, 1).float()
+    grid = F.affine_grid(maps, (count, 1, size, size), align_corners=False)
+    ink = F.grid_sample(torch.from_numpy(glyphs)[labels, None].float(), grid, align_corners=False)
     thin, grain = rng.uniform(0.25, 0.45, (count, 1, 1, 1)), rng.normal(0, 6, (count, 1, size, size))
     pixels = (5 * (ink.numpy() - thin)).clip(0, 1) * 250 + abs(grain)
     return torch.from_numpy(pixels.clip(0, 255).astype(np.uint8)), torch.from_numpy(labels)
@@ -326,21 +308,21 @@ def digits(count, seed, size=28):
 
 def load_images(args):
     """The training images on the device, uint8 (N, channels, size, size)."""
-    args.images, shape = args.data, (args.size, args.size)  # a run belongs to its images
+    args.images, shape = args.data, (args.size, args.size)
     if args.data == "toy":
         images = digits(10000, 0, args.size)[0]
-    elif args.data in SETS:  # the first five sixths or four fifths, as in the authors' code
-        kind, count = READERS[args.data]
+    elif args.data in SETS:
         with explain_errors(f"{args.data} cannot be downloaded: put torchvision's files for it into {args.data_root}"):
-            images = torch.as_tensor(kind(args.data_root, download=True).data[:count])
+            data = getattr(datasets, args.reader)(args.data_root, download=True)
+        images = torch.as_tensor(data.data[: args.count])  # the first ones, as in the authors' code
         images = resize(images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2), shape)
     else:
-        found, mode = find_images(Path(args.data)), "RGB" if args.channels == 3 else "L"
+        found = find_images(args.data)
         files = [file for split, _, file in found if split == "train"] or fail(f"{args.data} has no training images")
         sizes = [(file.name, file.stat().st_size) for file in files]
-        args.images = hashlib.sha256(repr(sizes).encode()).hexdigest()[:12]
-        kind = f"{args.size}x{args.size} {'gray' if mode == 'L' else 'RGB'}"
-        print(f"{args.data}: {len(files)} of {len(found)} images are for training; they are turned to {kind}")
+        args.images = hashlib.sha256(repr(sizes).encode()).hexdigest()[:12]  # a run belongs to its images
+        mode, colour = ("L", "gray") if args.channels == 1 else ("RGB", "RGB")
+        print(f"{args.data}: {len(files)} of {len(found)} images are for training, as {args.size}x{args.size} {colour}")
         squares = [ImageOps.fit(read_image(file, args.white).convert(mode), shape) for file in files]
         images = torch.stack([pil_to_tensor(square) for square in squares])
     images = rgb_to_grayscale(images) if args.channels == 1 else images.expand(-1, 3, -1, -1)
@@ -356,20 +338,16 @@ def to_x(args, pixels):
 
 
 def batches(args, images, images_seen):
-    """Yields epoch and x (k * B, C, size, size), without end: here goes a data loader of your own."""
-
-    def order(number):  # of a pass over the images; it stays on the device
-        return torch.from_numpy(np.random.default_rng([args.seed, number]).permutation(len(images))).to(args.device)
-
-    size = args.k * args.batch_size
-    number, start = divmod(images_seen, len(images))
-    queue = order(number)[start:]
+    """Yields epoch and x (k * B, C, size, size), without end. Put your own loader here."""
+    size, epochs = args.k * args.batch_size, itertools.count(images_seen // len(images))
+    rngs = (np.random.default_rng([args.seed, epoch]) for epoch in epochs)
+    orders = (torch.from_numpy(rng.permutation(len(images))).to(images.device) for rng in rngs)
+    queue = next(orders)[images_seen % len(images) :]
     for first in itertools.count(images_seen, size):
-        while len(queue) < size:  # a batch may reach into the next passes
-            number += 1
-            queue = torch.cat([queue, order(number)])
-        yield first // len(images) + 1, to_x(args, images[queue[:size]])
-        queue = queue[size:]
+        while len(queue) < size:  # a batch may reach into the next epochs
+            queue = torch.cat([queue, next(orders)])
+        chosen, queue = queue[:size], queue[size:]
+        yield first // len(images) + 1, to_x(args, images[chosen])
 
 
 @torch.no_grad()
@@ -390,10 +368,9 @@ def save_walk(args, G, z, path):
 
 def save_nearest(args, samples, images, path):
     """Each of `samples` beside the training image nearest to it in squared distance of pixels (Fig. 2)."""
-    data, cells = to_x(args, images).flatten(1), []
-    for sample, x in zip(samples, to_x(args, samples.to(args.device)).flatten(1)):
-        nearest = (data - x).square().sum(1).argmin()
-        cells += [sample, images[nearest].cpu()]
+    x, data = to_x(args, samples.to(args.device)).flatten(1), to_x(args, images).flatten(1)
+    nearest = torch.cdist(x, data, compute_mode="donot_use_mm_for_euclid_dist").argmin(1)
+    cells = torch.stack([samples, images[nearest].cpu()], 1).flatten(0, 1)
     save_grid(path, cells, ["sample", "nearest in data"] * 5)
 
 
