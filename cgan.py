@@ -477,14 +477,15 @@ def check_args(args, may_be_zero):
 
 
 def check_settings(args, use=False):
-    """Compare the settings with those of the run. To resume it, what is FIXED may not differ; to `use` it, say so."""
+    """Compare the settings with those of the run. To resume, what is FIXED may not differ. To `use` G, it is said."""
     if args.fresh or not (args.out / "last.pt").exists():
         return
     fixed, others = [], []
     for name, value in load_checkpoint(args.out)["settings"].items():
         now, option = getattr(args, name, value), name.replace("_", "-").replace("source", "from")
         if now != value and name in FIXED and not (use and name == "seed"):
-            fixed.append(f"no --{option}" if value is None or value is False else f"--{option} {value}")
+            given = f"--{option}" if value is True else f"--{option} {value}"
+            fixed.append(f"no --{option}" if value is None or value is False else given)
         elif now != value and type(value) in (int, float, str) and not use:
             others.append(f"{args.out}: {option} was {value}, is {now}\n")
     if fixed and not use:
@@ -535,7 +536,7 @@ class Run:
         self.start_time = self.last_save = self.last_report = time.monotonic()
         with contextlib.ExitStack() as cleanup:  # at the end, also after an error
             cleanup.callback(self.lock.release)
-            for number in signal.Signals:  # nohup ignores one of them, which stays so
+            for number in signal.Signals:  # one that nohup ignores stays ignored
                 if number.name in ("SIGINT", "SIGTERM", "SIGHUP") and signal.getsignal(number) != signal.SIG_IGN:
                     handler = signal.signal(number, lambda number, frame: self.signals.append(number))
                     cleanup.callback(signal.signal, number, handler)
@@ -570,6 +571,7 @@ class Run:
         return save
 
     def save_checkpoint(self):
+        """Write last.pt: states of networks and optimizers, settings, counts. config.json is for people."""
         checkpoint = {name: part.state_dict() for name, part in self.state.items()}
         checkpoint |= {"script": METHOD, "settings": self.settings, "step": self.step, "images_seen": self.images_seen}
         checkpoint["log_size"] = self.log.stat().st_size
@@ -670,5 +672,5 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
-    except KeyboardInterrupt:  # while nothing is trained
+    except KeyboardInterrupt:  # outside of the loop
         sys.exit(130)

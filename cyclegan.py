@@ -293,7 +293,7 @@ def train(args):
 
 def streets(count, seed, size=64):
     """Toy maps and photos, uint8 (N, 3, size, size), and class ids (N, size, size): what is where in both."""
-    # ids: ground, houses (square), parks (round), streets and a river; photos tell the first three by their texture
+    # ids: ground, houses (square), parks (round), streets and a river; photos show the first three by texture alone
     rng, (row, col) = np.random.default_rng(seed), np.mgrid[:size, :size]
     colour = np.array([(240, 236, 224), (212, 136, 118), (84, 146, 88), (60, 60, 72), (70, 112, 176)], np.uint8)
     mean = np.array([(152, 146, 132), (132, 126, 112), (112, 106, 92), (72, 72, 80), (58, 92, 122)])
@@ -489,14 +489,15 @@ def check_args(args, may_be_zero):
 
 
 def check_settings(args, use=False):
-    """Compare the settings with those of the run. To resume it, what is FIXED may not differ; to `use` it, say so."""
+    """Compare the settings with those of the run. To resume, what is FIXED may not differ. To `use` G, it is said."""
     if args.fresh or not (args.out / "last.pt").exists():
         return
     fixed, others = [], []
     for name, value in load_checkpoint(args.out)["settings"].items():
         now, option = getattr(args, name, value), name.replace("_", "-").replace("source", "from")
         if now != value and name in FIXED and not (use and name == "seed"):
-            fixed.append(f"no --{option}" if value is None or value is False else f"--{option} {value}")
+            given = f"--{option}" if value is True else f"--{option} {value}"
+            fixed.append(f"no --{option}" if value is None or value is False else given)
         elif now != value and type(value) in (int, float, str) and not use:
             others.append(f"{args.out}: {option} was {value}, is {now}\n")
     if fixed and not use:
@@ -551,7 +552,7 @@ class Run:
         self.start_time = self.last_save = self.last_report = time.monotonic()
         with contextlib.ExitStack() as cleanup:  # at the end, also after an error
             cleanup.callback(self.lock.release)
-            for number in signal.Signals:  # nohup ignores one of them, which stays so
+            for number in signal.Signals:  # one that nohup ignores stays ignored
                 if number.name in ("SIGINT", "SIGTERM", "SIGHUP") and signal.getsignal(number) != signal.SIG_IGN:
                     handler = signal.signal(number, lambda number, frame: self.signals.append(number))
                     cleanup.callback(signal.signal, number, handler)
@@ -588,6 +589,7 @@ class Run:
         return save and RANK == 0
 
     def save_checkpoint(self):
+        """Write last.pt: states of networks and optimizers, settings, counts. config.json is for people."""
         checkpoint = {name: part.state_dict() for name, part in self.state.items()}
         checkpoint |= {"script": METHOD, "settings": self.settings, "step": self.step, "images_seen": self.images_seen}
         checkpoint["log_size"] = self.log.stat().st_size
@@ -728,7 +730,7 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
-    except KeyboardInterrupt:  # while nothing is trained
+    except KeyboardInterrupt:  # outside of the loop
         sys.exit(130)
     if dist.is_initialized():  # all processes are here, none has failed
         dist.destroy_process_group()

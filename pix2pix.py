@@ -12,7 +12,7 @@ G translates x to G(x), with dropout as noise. D looks at x and an output, patch
     python pix2pix.py --data facades                           # download and train; stop it, repeat this to resume
     python pix2pix.py --data facades --translate labels.png    # use what was trained, on an image or a folder
 
-Departures: D and G both step after one pass, which they share. The authors' Torch code steps D first, then sends G's
+Departures: D and G are both updated from one forward pass. The authors' Torch code updates D first, then sends G's
 gradient through the new D. G's innermost 1x1 map has no norm, as in their later code: batch norm would erase it.
 The rate is constant; --decay-epochs 100 is their later schedule. Colorization divides ab by 127.5, not by 110.
 """
@@ -132,14 +132,14 @@ class Generator(nn.Module):
     def __init__(self, in_channels=3, out_channels=3, size=256, ngf=64, skips=True):
         super().__init__()
         self.skips, self.down, self.up = skips, nn.ModuleList(), nn.ModuleList()
-        batch_norm = functools.partial(nn.BatchNorm2d, track_running_stats=False)  # nor at test time (Sec. 3.3)
+        batch_norm = functools.partial(nn.BatchNorm2d, track_running_stats=False)  # at test time, too (Sec. 3.3)
         width = [ngf * min(2**i, 8) for i in range(int(math.log2(size)))]
         for i in range(len(width)):
             outermost, innermost = i == 0, i == len(width) - 1
             c_in, c_out = in_channels if outermost else width[i - 1], width[i]
             down = [] if outermost else [nn.LeakyReLU(0.2)]
             down += [nn.Conv2d(c_in, c_out, 4, 2, 1, bias=False)]
-            down += [] if outermost or innermost else [batch_norm(c_out)]  # of a single pixel it would be zero
+            down += [] if outermost or innermost else [batch_norm(c_out)]  # the norm of a single pixel is zero
             c_in = width[i] if innermost or not skips else 2 * width[i]
             c_out = out_channels if outermost else width[i - 1]
             up = [nn.ReLU(), nn.ConvTranspose2d(c_in, c_out, 4, 2, 1, bias=outermost)]
@@ -162,7 +162,7 @@ class Generator(nn.Module):
 class Discriminator(nn.Module):
     """PatchGAN (Sec. 3.2): C64-C128-C256-C512, a logit for each patch of 70x70 pixels; `n_layers` 0 is PixelGAN.
 
-    x (N, in_channels, H, W) in [-1, 1] -> logits (N, 1, h, w), 30x30 for x of 256x256.
+    pair: x and an output, stacked, (N, in_channels, H, W) in [-1, 1] -> logits (N, 1, h, w), 30x30 for 256x256.
     """
 
     def __init__(self, in_channels=6, ndf=64, n_layers=3):
@@ -175,8 +175,8 @@ class Discriminator(nn.Module):
             layers += [conv, nn.BatchNorm2d(width[i]), nn.LeakyReLU(0.2)]
         self.layers = nn.Sequential(*layers, nn.Conv2d(width[-1], 1, kernel, 1, pad, bias=n_layers > 0))
 
-    def forward(self, x):
-        return self.layers(x)
+    def forward(self, pair):
+        return self.layers(pair)
 
 
 def init_weights(net):
@@ -224,10 +224,10 @@ def make_step(args, state):
         if "gan" in args.loss:
             # D: max log D(x, y) + log(1 - D(x, G(x))), halved so that D learns slower than G (Sec. 3.3)
             losses["loss_D"] = (gan_loss(on_real, True) + gan_loss(on_fake, False)) / 2
-            losses["loss_D"].backward(inputs=list(D.parameters()), retain_graph=True)
+            losses["loss_D"].backward(inputs=list(D.parameters()), retain_graph=True)  # for G, below
             # G: max log D(x, G(x)), which does not saturate, instead of min log(1 - D(x, G(x))) (Sec. 3.3)
             losses["loss_G"] = total = gan_loss(on_fake, True)
-        if "l1" in args.loss:  # G: and min lambda |y - G(x)| (Eq. 3, 4)
+        if "l1" in args.loss:  # G: also min lambda |y - G(x)| (Eq. 3, 4)
             losses["loss_l1"] = F.l1_loss(fake.float(), y)
             total = total + args.lambda_l1 * losses["loss_l1"]
         total.backward(inputs=list(G.parameters()))
@@ -265,7 +265,7 @@ def train(args):
 
 def streets(count, seed, size=64):
     """Toy maps and photos, uint8 (N, 3, size, size), and class ids (N, size, size): what is where in both."""
-    # ids: ground, houses (square), parks (round), streets and a river; photos tell the first three by their texture
+    # ids: ground, houses (square), parks (round), streets and a river; photos show the first three by texture alone
     rng, (row, col) = np.random.default_rng(seed), np.mgrid[:size, :size]
     colour = np.array([(240, 236, 224), (212, 136, 118), (84, 146, 88), (60, 60, 72), (70, 112, 176)], np.uint8)
     mean = np.array([(152, 146, 132), (132, 126, 112), (112, 106, 92), (72, 72, 80), (58, 92, 122)])
@@ -287,7 +287,7 @@ def streets(count, seed, size=64):
 
 
 def load_pairs(args):
-    """Pairs for training and for the test, uint8 (N, channels of x and y, H, W), and the names of the test pairs."""
+    """Pairs for training and for the test, uint8 (N, channels of A and B, H, W), and the names of the test pairs."""
     if args.data == "toy":
         sets = streets(600, 0, args.load_size), streets(100, 1, args.size)
         return *(torch.from_numpy(np.concatenate([maps, photos], 1)) for maps, photos, _ in sets), range(100)
@@ -304,8 +304,10 @@ def load_pairs(args):
     args.images = hashlib.sha256(repr(sizes).encode()).hexdigest()[:12]  # a run belongs to its images
     for split, subfolder, file in found:
         name, side = (str(Path(subfolder, file.stem)), "") if args.source else (file.stem, subfolder)
-        if splits[split].setdefault(name, {}).setdefault(side, file) != file:
-            fail(f"{file} has the name of another image")
+        pair = splits[split].setdefault(name, {})  # {"A": file, "B": file}, or {"": a file of both}
+        if side in pair:
+            fail(f"{file} and {pair[side]} have the same name")
+        pair[side] = file
     train, test = splits["train"], splits["test"] or splits["val"]
     for name, pair in [*train.items(), *test.items()]:
         half = "" in pair and not args.source and name[-1] == "A" and f"{name[:-1]}B" in train  # 0_A beside 0_B
@@ -324,15 +326,16 @@ def load_pairs(args):
 
 
 def read_pair(args, shape, files):
-    """A and B from two files, from the halves of one, or --from a photo: uint8 (channels of x and y, H, W)."""
-    a, b = read_image(files[0], args.white), read_image(files[-1], args.white)
+    """A and B from two files, from the halves of one, or --from a photo: uint8 of `shape` (C, H, W)."""
+    images = [read_image(file, args.white) for file in files]
+    a, b = images[0], images[-1]
     w, h = a.size
     if len(files) == 1 and not args.source:
         if w != 2 * h:
             fail(f"{files[0]} has {w}x{h} pixels, not twice as wide as high; {LAYOUTS}, or photos with --from")
         a, b = a.crop((0, 0, h, h)), a.crop((h, 0, w, h))
     if a.size != b.size or min(a.size) < args.size:
-        fail(f"{files[0]}: A has {a.size}, B {b.size} pixels; give equal ones, of at least --size (now {args.size})")
+        fail(f"{files[0]}: A has {a.size} and B has {b.size} pixels; give equal sizes, at least --size {args.size}")
     a, b = (image.resize(shape[1:], Image.Resampling.BICUBIC) for image in (a, b))
     if args.source == "gray":
         return pil_to_tensor(convert(a, "RGB", "LAB"))
@@ -343,23 +346,24 @@ def convert(image, start, end):
     """An image from RGB to CIE LAB or back, as three plain bands."""
     image = Image.merge(start, image.split())
     image = ImageCms.profileToProfile(image, PROFILES[start], PROFILES[end], outputMode=end)
-    image.info.clear()  # of the profile, which has the time of day
+    image.info.clear()  # of the profile, which has the time of day in it
     return Image.merge("RGB", image.split())
 
 
 def to_xy(args, pixels):
     """uint8 (N, C, H, W) to x and y in [-1, 1] on the device; --from hole cuts the middle, half as wide, out of x."""
     pixels = pixels.pin_memory() if "cuda" in args.device and not pixels.is_cuda else pixels  # the CPU need not wait
-    x, y = (pixels.to(args.device, non_blocking=True) / 127.5 - 1).tensor_split([CHANNELS[args.source][0]], 1)
+    a, b = (pixels.to(args.device, non_blocking=True) / 127.5 - 1).tensor_split([CHANNELS[args.source][0]], 1)
     if args.source == "hole":
-        top, left = x.shape[2] // 4, x.shape[3] // 4
-        x[..., top:-top, left:-left] = 1
-    return (y, x) if args.direction == "BtoA" else (x, y)
+        top, left = a.shape[2] // 4, a.shape[3] // 4
+        a[..., top:-top, left:-left] = 1  # white
+    return (b, a) if args.direction == "BtoA" else (a, b)
 
 
 def batches(args, pairs, images_seen):
     """Yields epoch, x and y (B, C, size, size) in [-1, 1], without end, cropped and mirrored (Sec. 3.3)."""
-    # Put a loader of your own here; load_pairs then returns range(its length), test pairs and their names.
+    # Put a loader of your own here: endless, from pair `images_seen` on, of one shape, on args.device. load_pairs
+    # then returns range(number of pairs), test pairs as uint8, and their names.
     orders = functools.lru_cache(2)(lambda epoch: np.random.default_rng([args.seed, epoch]).permutation(len(pairs)))
     for first in itertools.count(images_seen, args.batch_size):
         batch = []
@@ -372,7 +376,7 @@ def batches(args, pairs, images_seen):
 
 
 def to_images(args, G, x, *y):
-    """Pillow images of x, G(x) and y, (1, C, H, W) in [-1, 1]. For G, x is padded to multiples of --size."""
+    """x and y (1, C, H, W) in [-1, 1] -> Pillow images of x, G(x) and y. For G, x is padded to multiples of --size."""
     h, w = x.shape[2:]
     torch.manual_seed(args.seed)
     with torch.no_grad(), torch.autocast(x.device.type, torch.bfloat16, args.precision == "bf16"):
@@ -408,7 +412,8 @@ def load_generator(run, device="cpu"):
         settings = argparse.Namespace(**checkpoint["settings"])
         G = Generator(*CHANNELS[settings.source], settings.size, settings.ngf, not settings.no_skips)
         G.load_state_dict(checkpoint["G"])
-    G.settings, settings.device, settings.direction = settings, device, "AtoB"
+    settings.device, settings.direction = str(device), "AtoB"  # x is not swapped
+    G.settings = settings
     return G.to(device)
 
 
@@ -418,7 +423,7 @@ def translate(args):
     G, to, errors = load_generator(args.out, args.device), args.to or args.out / "translated", []
     G.settings.seed, G.settings.precision = args.seed, args.precision
     found = find_images(args.translate) if args.translate.is_dir() else [("", "", args.translate)]
-    files = {(to / folder / f"{file.stem}.png").resolve(): file for _, folder, file in found}  # of each translation
+    files = {(to / folder / f"{file.stem}.png").resolve(): file for _, folder, file in found}  # {translation: image}
     if len(files) < len(found) or {*files} & {file.resolve() for file in files.values()}:
         fail(f"translations of {args.translate} would overwrite images: choose another --to, or other names")
     for target, file in files.items():
@@ -484,14 +489,15 @@ def check_args(args, may_be_zero):
 
 
 def check_settings(args, use=False):
-    """Compare the settings with those of the run. To resume it, what is FIXED may not differ; to `use` it, say so."""
+    """Compare the settings with those of the run. To resume, what is FIXED may not differ. To `use` G, it is said."""
     if args.fresh or not (args.out / "last.pt").exists():
         return
     fixed, others = [], []
     for name, value in load_checkpoint(args.out)["settings"].items():
         now, option = getattr(args, name, value), name.replace("_", "-").replace("source", "from")
         if now != value and name in FIXED and not (use and name == "seed"):
-            fixed.append(f"no --{option}" if value is None or value is False else f"--{option} {value}")
+            given = f"--{option}" if value is True else f"--{option} {value}"
+            fixed.append(f"no --{option}" if value is None or value is False else given)
         elif now != value and type(value) in (int, float, str) and not use:
             others.append(f"{args.out}: {option} was {value}, is {now}\n")
     if fixed and not use:
@@ -546,7 +552,7 @@ class Run:
         self.start_time = self.last_save = self.last_report = time.monotonic()
         with contextlib.ExitStack() as cleanup:  # at the end, also after an error
             cleanup.callback(self.lock.release)
-            for number in signal.Signals:  # nohup ignores one of them, which stays so
+            for number in signal.Signals:  # one that nohup ignores stays ignored
                 if number.name in ("SIGINT", "SIGTERM", "SIGHUP") and signal.getsignal(number) != signal.SIG_IGN:
                     handler = signal.signal(number, lambda number, frame: self.signals.append(number))
                     cleanup.callback(signal.signal, number, handler)
@@ -583,6 +589,7 @@ class Run:
         return save and RANK == 0
 
     def save_checkpoint(self):
+        """Write last.pt: states of networks and optimizers, settings, counts. config.json is for people."""
         checkpoint = {name: part.state_dict() for name, part in self.state.items()}
         checkpoint |= {"script": METHOD, "settings": self.settings, "step": self.step, "images_seen": self.images_seen}
         checkpoint["log_size"] = self.log.stat().st_size
@@ -723,7 +730,7 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
-    except KeyboardInterrupt:  # while nothing is trained
+    except KeyboardInterrupt:  # outside of the loop
         sys.exit(130)
     if dist.is_initialized():  # all processes are here, none has failed
         dist.destroy_process_group()
