@@ -11,8 +11,8 @@ arXiv:1605.05395). Then G draws x from noise z and a code t = E(sentence), and D
     max_G  log D(G(z, t), t), a third of the codes midway between those of two sentences           (Sec. 4.3: INT)
 Last, G is fixed and S learns to find its z:  min_S |z - S(G(z, t))|^2                           (Sec. 4.4: style)
 
-    python text2img.py                                             # train on toy shapes, drawn here: minutes on a CPU
-    python text2img.py --data FOLDER                               # NAME.jpg with captions in NAME.txt, one a line
+    python text2img.py                        # train on toy shapes, drawn here: minutes on a CPU
+    python text2img.py --data FOLDER          # NAME.jpg with captions in NAME.txt, one a line
     python text2img.py --prompt "a large green circle on a red background" --sample 16
 
 Departures: residual branches (--no-residual) and batch norm on D's text are in the authors' code alone. All pairs pass
@@ -20,7 +20,7 @@ D's last layers in one batch, and one pass serves both updates: in passes apart,
 right from wrong by the batch. V is a small network, not a GoogLeNet; gradients of E and V are clipped. Codes have mean
 0 and spread 1. Toy takes the nearest of 16 wrong sentences (--near): most differ in a colour, and D ignored the form.
 Toy shows D two images of a sentence at once (--pack; Lin et al. 2018, arXiv:1712.04086): with one, G ignored z. Its
-inks are lighter than its grounds: G then moves shapes by z alike in all sentences, so that S finds where they are.
+inks are lighter than its grounds, so that z moves shapes alike in all sentences and S finds them.
 """
 
 import argparse
@@ -61,7 +61,7 @@ SETS = {  # the named sets, and which defaults each changes
     | dict(halve_every=14, save_every=1000),
 }
 FIXED = "white size load_size no_cls no_int no_residual text nt nz ngf ndf nef nif near average pack seed".split()
-FIXED += ["text_epochs", "style_epochs"]  # else the phases before the one that is reached would shift
+FIXED += ["text_epochs", "style_epochs"]  # else the phases would shift
 ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789-,;.!?:'\"/\\|_@#$%^&*~`+-=<>()[]{} "  # as in the authors' code
 INKS = dict(white=(240, 240, 240), yellow=(245, 220, 60), pink=(250, 130, 190), cyan=(90, 220, 235))
 INKS["green"] = (90, 215, 90)
@@ -224,7 +224,7 @@ class Discriminator(nn.Module):
         super().__init__()
         width, act = [ndf * 2**i for i in range(int(math.log2(size)) - 2)], nn.LeakyReLU(0.2)  # 64, 128, 256, 512
         layers, c = [nn.Conv2d(3 * pack, ndf, 4, 2, 1)], width[-1]
-        for a, b in zip(width, width[1:]):  # no activation after the third convolution, as in the authors' code
+        for a, b in zip(width, width[1:]):  # none after the third, as in the authors' code
             layers += ([act] if b < c or a == ndf else []) + [nn.Conv2d(a, b, 4, 2, 1), nn.BatchNorm2d(b)]
         self.of_x = nn.Sequential(*layers, *([Residual(c, act)] if residual else []), act)
         self.of_text = nn.Sequential(nn.Linear(text, nt), nn.BatchNorm1d(nt), act)
@@ -353,7 +353,7 @@ def make_step(args, state):
 
 
 def make_style_step(args, state):
-    """Returns `step(t)`: one update of S on what G of now draws for codes (B, text), by its running averages."""
+    """Returns `step(t)`: one update of S on what G draws for codes (B, text), by running averages."""
     G, S, opt_S = copy.deepcopy(state["G"]).eval().requires_grad_(False), state["S"], state["opt_S"]
 
     def step(t):
@@ -397,8 +397,8 @@ def train(args):
 
 def shapes(count, seed, held_out=False, size=64):
     """Toy images, uint8 (count, 3, size, size), five captions of each, and labels (count, 4): numbers in VALUES."""
-    # A sixth of the combinations comes with `held_out`, and only then. No caption tells the style: whether a shape is
-    # left or right of the middle, and how light falls on the ground.
+    # A sixth of the combinations comes with `held_out` only. No caption tells the style: whether a shape is left or
+    # right, and how light falls on the ground.
     every = np.random.default_rng(0).permutation([*itertools.product(*map(range, map(len, VALUES)))])
     kinds = every[: len(every) // 6] if held_out else every[len(every) // 6 :]
     rng = np.random.default_rng([seed, held_out])
@@ -514,7 +514,7 @@ def load_captions(args):
 
 
 def batches(args, E, data, images_seen):
-    """Yields the phase, the epoch, and what the step of that phase takes, without end. Put a loader of yours here."""
+    """Yields the phase, the epoch, and what its step takes, without end. Put your own loader here."""
     batch, count, share = args.batch_size, len(data.kinds), slice(RANK, None, WORLD)
     starts = 0, args.text_epochs * count, (args.text_epochs + args.epochs) * count  # of the phases, in images
     order, counts = np.argsort(data.kinds, kind="stable"), np.bincount(data.kinds)
@@ -561,7 +561,7 @@ def batches(args, E, data, images_seen):
 
 
 def to_device(args, values):
-    """A tensor or array on args.device; the host need not wait for a GPU."""
+    """A tensor or array on args.device."""
     tensor = torch.as_tensor(values)
     tensor = tensor.pin_memory() if "cuda" in args.device and not tensor.is_cuda else tensor
     return tensor.to(args.device, non_blocking=True)
