@@ -149,12 +149,19 @@ def write(row, path):
         save(path, json.dumps(row, indent=2) + "\n")
 
 
-def save_weights(path, net):
-    """Write the weights of a network in half precision."""
-    file = io.BytesIO()
-    halves = {name: value.half() if value.is_floating_point() else value for name, value in net.state_dict().items()}
-    torch.save({"weights": halves}, file)
-    save(path, file.getvalue())
+def load_or_train(path, build, train):
+    """The network build() with the weights of a file. If that is not there, train(net) is called, and it is written."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = build()
+        if not path.exists():
+            train(net)
+            file, state = io.BytesIO(), net.state_dict()
+            halves = {key: value.half() if value.is_floating_point() else value for key, value in state.items()}
+            torch.save({"weights": halves}, file)
+            save(path, file.getvalue())
+    net.load_state_dict(read_weights(path)["weights"])
+    return net.eval()
 
 
 def read_weights(path):

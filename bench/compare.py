@@ -86,9 +86,9 @@ def options(parser):
     add("--samples", nargs="+", required=True, metavar="NAME=DIR", help="folders of images, or of runs")
     add("--resize", type=int, metavar="N", help="resize all images to N x N pixels (else all must have one size)")
     add("--classes", type=Path, help="folder of class ids, named as the images: adds the FCN-score")
-    choices, about = ("inception", "toy", "mnist"), "of which network; toy and mnist classify digits (%(default)s)"
-    add("--features", choices=choices, default="inception", help=about)
-    add("--weights", type=Path, help="file of the Inception network (torch's cache, or a download)")
+    about = "network whose features are compared; toy and mnist: of classifiers of digits (%(default)s)"
+    add("--features", choices=("inception", "squeezenet", "toy", "mnist"), default="inception", help=about)
+    add("--weights", type=Path, help="file of that network (torch's cache; it is downloaded on first use)")
     add("--data-root", type=Path, default="data", help="where the network that finds classes is kept (%(default)s)")
     add("--device", help="cpu, cuda, ... (cuda, if there is one)")
     add("--out", type=Path, default="runs/compare", help="folder for the JSON and the page (%(default)s)")

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from bench.common import WEIGHTS, digit_options, file_hash, read_digits, read_samples, read_weights, save_weights
+from bench.common import WEIGHTS, digit_options, file_hash, load_or_train, read_digits, read_samples
 
 options = digit_options
 
@@ -31,16 +31,7 @@ def train(net, images, labels, loss=F.cross_entropy, batch=128, epochs=6):
 
 def load(file, channels, classes, examples, **how):
     """The classifier in a file; if it is not there, one is trained on examples(), images and labels, and written."""
-    net = build(channels, classes)
-    if not file.exists():
-        with torch.random.fork_rng([]):
-            torch.manual_seed(0)
-            images, labels = examples()
-            net = build(channels, classes)
-            train(net, images, labels, **how)
-            save_weights(file, net)
-    net.load_state_dict(read_weights(file)["weights"])
-    return net.eval()
+    return load_or_train(file, lambda: build(channels, classes), lambda net: train(net, *examples(), **how))
 
 
 def weights(data):

@@ -33,10 +33,9 @@ from bench.common import (
     file_hash,
     find_device,
     find_images,
+    load_or_train,
     one_size,
     read_image,
-    read_weights,
-    save_weights,
 )
 
 CLASSES = {"camvid": 11}  # by the folder's name; its id 11 is for what has no label
@@ -236,6 +235,7 @@ def train(net, scenes, shape, epochs, device):
     photos = torch.stack([pil_to_tensor(shrunk(scenes.photo(i), shape)) for i in numbers])
     ids = torch.stack([fitted(torch.from_numpy(scenes.ids(i)), shape).byte() for i in numbers])
     ids[ids >= scenes.classes] = IGNORED
+    print(f"training a scorer on {len(photos)} real photos, once", flush=True)
     steps = len(photos) // size
     optimiser = torch.optim.AdamW(net.parameters(), 2e-3, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 2e-3, steps * epochs)
@@ -261,15 +261,12 @@ def find_segmenter(scenes, shape, epochs, cache, device):
     if min(shape) < 32:
         fail(f"photos of {shape[1]}x{shape[0]} pixels are too small to be segmented: give 32x32 or more")
     wide = 64 if scenes.stamp == "toy" else 128
-    with torch.random.fork_rng([device] if "cuda" in device else []):
-        torch.manual_seed(0)
-        net = Small(scenes.classes, (32, 64, wide, wide, wide, wide)).to(device)
-        if not path.exists():
-            print(f"training a scorer on {len(scenes.names)} real photos, once", flush=True)
-            train(net, scenes, shape, epochs, device)
-            save_weights(path, net)
-    net.load_state_dict(read_weights(path)["weights"])
-    return partial(see, net.eval(), shape, device), f"scorer at {shape[1]}x{shape[0]}", file_hash(path)
+    net = load_or_train(
+        path,
+        lambda: Small(scenes.classes, (32, 64, wide, wide, wide, wide)).to(device),
+        lambda net: train(net, scenes, shape, epochs, device),
+    )
+    return partial(see, net, shape, device), f"scorer at {shape[1]}x{shape[0]}", file_hash(path)
 
 
 @torch.no_grad()

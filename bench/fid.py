@@ -17,7 +17,8 @@ from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, Featu
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
-from torchvision.transforms.v2.functional import pil_to_tensor
+from torchvision.models import SqueezeNet1_0_Weights, squeezenet1_0
+from torchvision.transforms.v2.functional import pil_to_tensor, resize
 from tqdm import tqdm
 
 from bench import digits
@@ -44,24 +45,45 @@ class Images:
         return pil_to_tensor(image if image.size == self.size else image.resize(self.size, Image.Resampling.BICUBIC))
 
 
-def inception(weights, device):
-    """The network that FID is known by, from `weights`, torch's cache or a download; its name, and the file's hash."""
-    path = weights or Path(torch.hub.get_dir(), "checkpoints", URL_INCEPTION_V3.rpartition("/")[2])
-    by_hand = f"fetch {URL_INCEPTION_V3} by hand and give it with --weights"
+def find_weights(url, weights):
+    """The file `weights` or, without it, that of the address: in torch's cache, downloaded on first use."""
+    path = weights or Path(torch.hub.get_dir(), "checkpoints", url.rpartition("/")[2])
     if not path.exists() and not weights:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(URL_INCEPTION_V3, str(path), progress=sys.stderr.isatty())
+            torch.hub.download_url_to_file(url, str(path), progress=sys.stderr.isatty())
         except OSError as error:
-            fail(f"the Inception network is not at {path} and cannot be downloaded ({error}): {by_hand}")
+            fail(f"{url} cannot be downloaded ({error}): download it by hand and give it with --weights")
+    return path
+
+
+def inception(weights, device):
+    """The network that FID is known by, as a function; its name, and the hash of its file."""
+    path = find_weights(URL_INCEPTION_V3, weights)
     read_weights(path)  # safely, as the next line would run code that the file holds
     try:
         net = FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=str(path)).to(device)
     except Exception:  # of many kinds
-        fail(f"{path} does not hold torch-fidelity's Inception network: {by_hand}")
+        fail(f"{path} does not hold torch-fidelity's Inception network: give {URL_INCEPTION_V3} with --weights")
     found = file_hash(path)
     name = "inception-v3-compat" if found == INCEPTION else f"unknown weights {found}"
     return lambda images: net(images)[0], name, found
+
+
+def squeezenet(weights, device):
+    """torchvision's SqueezeNet, trained on ImageNet: means of its last 512 maps, as a function; its name and hash."""
+    about, net = SqueezeNet1_0_Weights.DEFAULT, squeezenet1_0().eval().to(device)
+    path = find_weights(about.url, weights)
+    try:
+        net.load_state_dict(read_weights(path))
+    except (RuntimeError, TypeError):
+        fail(f"{path} does not hold torchvision's squeezenet1_0: give {about.url} with --weights")
+    prepare = about.transforms(crop_size=224, resize_size=224)
+
+    def see(images):
+        return net.features(prepare(resize(images, [224, 224]))).mean((2, 3)).double()
+
+    return see, "SqueezeNet of ImageNet", file_hash(path)
 
 
 def classifier(data, data_root, device):
@@ -95,11 +117,12 @@ def compare(samples, real):
 def measure(samples, real, size, args):
     """A row for each of `samples` beside `real`, all of them sequences of uint8 images (3, H, W) of `size` (W, H).
 
-    `args` has features, weights, data_root and device. The features of digits are divided by their root mean square
-    over real images, as KID's kernel is made for such numbers.
+    `args` has features, weights, data_root and device. Features but those of Inception are divided by their root mean
+    square over real images, as KID's kernel is made for such numbers.
     """
-    if args.features == "inception":
-        net, name, weights = inception(args.weights, args.device)
+    if args.features in ("inception", "squeezenet"):
+        find = {"inception": inception, "squeezenet": squeezenet}[args.features]
+        net, name, weights = find(args.weights, args.device)
     elif size == (28, 28):
         net, name, weights = classifier(args.features, args.data_root, args.device)
     else:

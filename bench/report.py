@@ -48,10 +48,11 @@ def results_text(found):
     sets = sorted({result["data"] for result in found if "case" in result}, key=lambda name: (name != "toy", name))
     parts = [make(name, data, found, least=2) for data in sets for name in TABLES]
     if studies := [result for result in found if "study" in result]:
-        labels = [f"{study['study']}, {study['method']}" for study in studies]
-        ours = [fooled(study["answers"]) for study in studies]
-        columns = [["", *PEOPLE, *labels], ["ours", *[""] * len(PEOPLE), *ours]]
-        columns.append(["paper", *PEOPLE.values(), *[""] * len(studies)])
+        answers = {f"{each['study']}, {each['method']}": [] for each in studies}
+        for each in studies:
+            answers[f"{each['study']}, {each['method']}"] += each["answers"]
+        columns = [["", *PEOPLE, *answers], ["ours", *[""] * len(PEOPLE), *map(fooled, answers.values())]]
+        columns.append(["paper", *PEOPLE.values(), *[""] * len(answers)])
         parts.append(markdown("What people take for real", columns, "paper: Isola et al. 2017, Table 3"))
     return "\n".join([HEAD, *filter(None, parts)])
 

@@ -1,12 +1,11 @@
 """The perceptual study of Isola et al. (2017, Sec. 4): a page that asks people which of two images is generated.
 
     python -m bench study --real photos --fake runs/pix2pix-maps/test --study "map to photo" --method pix2pix.py
-    python -m bench study --results anna.json ben.json
 
 A real and a generated image are shown side by side for one second; then one says which was generated. Ten pairs are
-for practice and tell what was right; forty are counted. In the end the page saves a JSON file, which `python -m bench
-report` tables, if it lies in bench/results, beside the papers' numbers: names of `study` and `method`, and in `answers`
-for each counted pair whether one was fooled, and took the real image for the generated one.
+for practice and tell what was right; forty are counted. In the end the page saves a JSON file, which says for each of
+these whether one took the real image for the generated one. `python -m bench report` adds up those of all people that
+lie in bench/results, or in another folder, and tables them beside the paper's numbers.
 """
 
 import json
@@ -106,29 +105,16 @@ def make_page(pairs, study, method):
 def options(parser):
     """What it takes."""
     add = parser.add_argument
-    add("--real", type=Path, help="folder of real images")
-    add("--fake", type=Path, help="folder of generated images; those of the same name are their partners")
+    add("--real", type=Path, required=True, help="folder of real images")
+    add("--fake", type=Path, required=True, help="generated images; those of the same name are their partners")
     add("--study", default="", help='what is translated, such as "map to photo" or "photo to map"')
     add("--method", help="whose images they are (the name of the folder --fake)")
     add("--seed", type=int, default=0, help="of the choice of 50 pairs (%(default)s)")
     add("--out", type=Path, default="runs/study.html", help="the page (%(default)s)")
-    add("--results", type=Path, nargs="+", metavar="FILE", help="what the page has saved: print each, and all together")
 
 
 def main(args):
-    """Write the page, or print what people answered."""
-    if args.results:
-        answers = {}
-        for path in args.results:
-            try:
-                answers[path.name] = json.loads(path.read_text("utf-8"))["answers"]
-            except (ValueError, KeyError) as error:
-                fail(f"--results {path} is no result of a study ({error})")
-        for name, some in {**answers, "all together": sum(answers.values(), [])}.items():
-            print(f"{name}: {fooled(some)}")
-        return
-    if not args.real or not args.fake:
-        fail("give --real and --fake, two folders of images, or --results")
+    """Write the page."""
     real, fake = find_images(args.real, "--real"), find_images(args.fake, "--fake")
     pairs = pick_pairs(real, fake, PRACTICE + TRIALS, args.seed)
     save(args.out, make_page(pairs, args.study, args.method or args.fake.resolve().name))

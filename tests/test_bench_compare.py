@@ -18,6 +18,7 @@ import torch_fidelity
 from PIL import Image
 from torch import nn
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+from torchvision.models import squeezenet1_0
 
 import gan
 from bench import common, compare, digits, fcn, fid, study
@@ -158,6 +159,22 @@ def test_features_of_digits_are_what_the_last_layer_is_given():
     torch.testing.assert_close(whole[-1](net(images).float()), whole(images[:, :1] / 255))
 
 
+def test_squeezenet(tmp_path):
+    """Images of any shape are seen whole, whatever their size; means of the last maps are compared."""
+    torch.manual_seed(0)
+    torch.save(squeezenet1_0().state_dict(), tmp_path / "squeezenet.pth")
+    images = torch.rand(4, 3, 8, 16).mul(255).byte()
+    images[1:, :, :, 4:12] = images[:1, :, :, 4:12]  # they differ at the sides only
+    see, name, _ = fid.squeezenet(tmp_path / "squeezenet.pth", "cpu")
+    found = see(images)
+    assert name == "SqueezeNet of ImageNet" and found.shape == (4, 512) and len(found.unique(dim=0)) == 4
+    for folder, some in (("real", images), ("dark", images // 4)):
+        write_all(tmp_path / folder, some)
+    flags = "--features", "squeezenet", "--weights", tmp_path / "squeezenet.pth"
+    same, dark = rows_of("--real", "real", "--samples", "same=real", "dark", *flags)
+    assert same["kid"] < dark["kid"] and same["precision"] == 1 and same["features"] == name
+
+
 # -- images ----------------------------------------------------------------------------------------------------------
 
 
@@ -191,6 +208,8 @@ def test_images_of_every_kind(tmp_path):
         ("--samples good --real good --features inception --weights weights.pth", "weights.pth"),
         ("--samples good --real good --features inception --weights harmful.pth", "harmful.pth"),
         ("--samples good --real good --features inception", "--weights"),
+        ("--samples good --real good --features squeezenet --weights weights.pth", "weights.pth"),
+        ("--samples good --real good --features squeezenet", "--weights"),
     ],
 )
 def test_bad_arguments(flags, named, tmp_path, monkeypatch):
@@ -277,19 +296,6 @@ def test_interval_by_hand(fooled, trials):
     assert said.startswith(f"{fooled} of {trials}, ") and found == pytest.approx([share, low, high], abs=6e-4)
 
 
-def test_results(tmp_path, capsys):
-    """Those of several people are printed one by one and together."""
-    for name, count in (("anna", 4), ("ben", 12)):
-        answers = [i < count for i in range(40)]
-        (tmp_path / f"{name}.json").write_text(json.dumps({"study": "map to photo", "answers": answers}))
-    main("study --results anna.json ben.json".split())
-    said = capsys.readouterr().out
-    assert "anna.json: 4 of 40, 10.0% " in said and "all together: 16 of 80, 20.0%" in said
-    (tmp_path / "anna.json").write_text("{}")
-    with pytest.raises(SystemExit, match="--results anna.json"):
-        main("study --results anna.json".split())
-
-
 def test_pairs(tmp_path, capsys):
     """Images of one name are partners; there must be fifty; the page has them all."""
     page, real = write_study(tmp_path)
@@ -299,7 +305,7 @@ def test_pairs(tmp_path, capsys):
     main("study --real real --fake fake --out page.html".split())
     assert "at random" in capsys.readouterr().out
     (tmp_path / "real" / "0.png").unlink()
-    for flags, named in (("--real real --fake fake", "49 pairs"), ("--real real", "--fake"), ("", "--results")):
+    for flags, named in (("--real real --fake fake", "49 pairs"), ("--real real", "--fake")):
         with pytest.raises(SystemExit, match=named):
             main(["study", *flags.split()])
 
