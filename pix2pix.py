@@ -13,8 +13,9 @@ G translates x to G(x), with dropout as noise. D looks at x and an output, patch
     python pix2pix.py --data facades --translate labels.png    # use what was trained, on an image or a folder
 
 Departures: D and G are both updated from one forward pass. The authors' Torch code updates D first, then sends G's
-gradient through the new D. G's innermost 1x1 map has no norm, as in their later code: batch norm would erase it.
-The rate is constant; --decay-epochs 100 is their later schedule. Colorization divides ab by 127.5, not by 110.
+gradient through the new D. G norms each image by itself, as a batch of one does: an image gives the same in any batch.
+Its innermost 1x1 map has none, as in their later code: batch norm would erase it. The rate is constant;
+--decay-epochs 100 is their later schedule. Colorization divides ab by 127.5, not by 110.
 """
 
 import argparse
@@ -132,18 +133,18 @@ class Generator(nn.Module):
     def __init__(self, in_channels=3, out_channels=3, size=256, ngf=64, skips=True):
         super().__init__()
         self.skips, self.down, self.up = skips, nn.ModuleList(), nn.ModuleList()
-        batch_norm = functools.partial(nn.BatchNorm2d, track_running_stats=False)  # at test time, too (Sec. 3.3)
+        norm = functools.partial(nn.InstanceNorm2d, affine=True)  # batch norm of one image (Sec. 3.3)
         width = [ngf * min(2**i, 8) for i in range(int(math.log2(size)))]
         for i in range(len(width)):
             outermost, innermost = i == 0, i == len(width) - 1
             c_in, c_out = in_channels if outermost else width[i - 1], width[i]
             down = [] if outermost else [nn.LeakyReLU(0.2)]
             down += [nn.Conv2d(c_in, c_out, 4, 2, 1, bias=False)]
-            down += [] if outermost or innermost else [batch_norm(c_out)]  # the norm of a single pixel is zero
+            down += [] if outermost or innermost else [norm(c_out)]  # the norm of a single pixel is zero
             c_in = width[i] if innermost or not skips else 2 * width[i]
             c_out = out_channels if outermost else width[i - 1]
             up = [nn.ReLU(), nn.ConvTranspose2d(c_in, c_out, 4, 2, 1, bias=outermost)]
-            up += [nn.Tanh()] if outermost else [batch_norm(c_out)]
+            up += [nn.Tanh()] if outermost else [norm(c_out)]
             up += [nn.Dropout(0.5)] if i >= len(width) - 3 else []  # the noise z, at test time too (Sec. 3.1)
             self.down.append(nn.Sequential(*down))
             self.up.insert(0, nn.Sequential(*up))
@@ -406,7 +407,7 @@ def save_tests(args, G, pairs, names, step):
 
 
 def load_generator(run, device="cpu"):
-    """G of a run folder, with its options as G.settings; dropout and batch statistics stay on (Sec. 3.3)."""
+    """G of a run folder, with its options as G.settings; dropout stays on (Sec. 3.3)."""
     checkpoint = load_checkpoint(run)
     with explain_errors(f"{run}/last.pt is damaged"):
         settings = argparse.Namespace(**checkpoint["settings"])

@@ -145,8 +145,8 @@ def test_generator_layers():
     """The order of models.lua: no norm on first level, 1x1 bottleneck and output; dropout on three levels."""
     with torch.device("meta"):
         layers = layers_of(pix2pix.Generator(), torch.zeros(1, 3, 256, 256))
-    encoder = ["Conv2d"] + ["LeakyReLU Conv2d BatchNorm2d"] * 6 + ["LeakyReLU Conv2d"]
-    decoder = ["ReLU ConvTranspose2d BatchNorm2d Dropout"] * 3 + ["ReLU ConvTranspose2d BatchNorm2d"] * 4
+    encoder = ["Conv2d"] + ["LeakyReLU Conv2d InstanceNorm2d"] * 6 + ["LeakyReLU Conv2d"]
+    decoder = ["ReLU ConvTranspose2d InstanceNorm2d Dropout"] * 3 + ["ReLU ConvTranspose2d InstanceNorm2d"] * 4
     assert names(layers) == " ".join(encoder + decoder + ["ReLU ConvTranspose2d Tanh"])
     convs = [layer for layer in layers if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d))]
     for conv in convs:
@@ -156,6 +156,18 @@ def test_generator_layers():
     assert [conv.out_channels for conv in convs[8:]] == [512, 512, 512, 512, 256, 128, 64, 3]
     assert {layer.negative_slope for layer in layers if isinstance(layer, nn.LeakyReLU)} == {0.2}
     assert {layer.p for layer in layers if isinstance(layer, nn.Dropout)} == {0.5}
+
+
+def test_norm_of_a_generator():
+    """It is batch norm of a batch of one, the paper's; so an image gives the same alone as in a larger batch."""
+    torch.manual_seed(0)
+    ours, theirs, x = nn.InstanceNorm2d(3, affine=True), nn.BatchNorm2d(3), torch.randn(4, 3, 5, 5)
+    torch.testing.assert_close(ours(x[:1]), theirs(x[:1]))
+    G, x = pix2pix.init_weights(pix2pix.Generator(size=16, ngf=4)).double(), torch.randn(3, 3, 16, 16).double()
+    for layer in G.modules():
+        if isinstance(layer, nn.Dropout):
+            layer.eval()
+    torch.testing.assert_close(G(x), torch.cat([G(one[None]) for one in x]))
 
 
 def test_encoder_decoder_layers():
@@ -226,7 +238,7 @@ def test_initial_weights():
             n = layer.weight.numel()
             assert abs(layer.weight.mean()) < 5 * 0.02 / math.sqrt(n)
             assert layer.weight.std().item() == pytest.approx(0.02, rel=5 / math.sqrt(2 * n))
-        if isinstance(layer, nn.BatchNorm2d):
+        if isinstance(layer, (nn.BatchNorm2d, nn.InstanceNorm2d)):
             gains.append(layer.weight.detach())
         if getattr(layer, "bias", None) is not None:
             assert not layer.bias.any()
