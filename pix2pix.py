@@ -12,7 +12,7 @@ G translates x to G(x), with dropout as noise. D looks at x and an output, patch
     python pix2pix.py --data facades                           # download and train; stop it, repeat this to resume
     python pix2pix.py --data facades --translate labels.png    # use what was trained, on an image or a folder
 
-Departures: D and G are both updated from one forward pass. The authors' Torch code updates D first, then sends G's
+Departures: D and G are both updated from one forward pass. The authors' Torch code updates D, then sends G's
 gradient through the new D. G norms each image by itself, as a batch of one does: an image gives the same in any batch.
 Its innermost 1x1 map has none, as in their later code: batch norm would erase it. The rate is constant;
 --decay-epochs 100 is their later schedule. Colorization divides ab by 127.5, not by 110.
