@@ -85,7 +85,7 @@ def get_args(argv=None):
     add = parser.add_argument_group("training").add_argument
     add("--epochs", type=int, help="passes over the images")
     add("--batch-size", type=int, default=100, help="images in an update")
-    add("--lr", type=float, help="learning rate, of SGD at first; SGD .1, Adam 1e-3, conv 2e-4")
+    add("--lr", type=float, help="learning rate; SGD: at first, .1; Adam: 1e-3, conv 2e-4")
     add("--seed", type=int, default=0, help="of weights, order, noise and dropout; of z for --sample")
     add("--out", type=Path, help=f"run folder; None: runs/{SCRIPT}-DATA")
     add("--init", type=Path, metavar="RUN", help="start from the weights of another run (fine-tuning)")
@@ -104,7 +104,7 @@ def get_args(argv=None):
     parser.set_defaults(**SETS.get(data, {}))
     given = parser.parse_known_args(argv)[0]
     parser.set_defaults(**NETS[given.net] | OPTIMISERS[given.optimiser] | SETS.get(data, {}))
-    parser.add_argument("-h", "--help", action="help", help="show this; defaults are those of --data")
+    parser.add_argument("-h", "--help", action="help", help="show this; --data sets the defaults")
     args = parser.parse_args(argv)
     args.data, args.precision = data, args.precision.replace("auto", "fp32")
     args.classes = CLASSES.get(data, "0 1 2 3 4 5 6 7 8 9").split()  # a folder has its own

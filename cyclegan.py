@@ -84,8 +84,8 @@ def get_args(argv=None):
     add("--n-layers", type=int, default=3, help="strided layers of D_X and D_Y: 3 see 70 pixels")
     add = parser.add_argument_group("training").add_argument
     add("--epochs", type=int, default=200, help="passes over the larger side")
-    add("--decay-epochs", type=int, help="last epochs, in which the rate falls to 0; None: half of them")
-    add("--batch-size", type=int, default=1, help="images of each side, over all processes")
+    add("--decay-epochs", type=int, help="how many of the last epochs lower the rate to 0; None: half")
+    add("--batch-size", type=int, default=1, help="images of each side, all processes together")
     add("--lr", type=float, default=2e-4, help="learning rate of Adam")
     add("--seed", type=int, default=0, help="of weights, order, crops and pools")
     add("--out", type=Path, help=f"run folder; None: runs/{SCRIPT}-DATA")
@@ -103,7 +103,7 @@ def get_args(argv=None):
     data = parser.parse_known_args(argv)[0].data  # first, as the other defaults depend on it
     data = f"./{data}" if data in SETS and Path(data).is_dir() else data  # a folder that is there comes first
     parser.set_defaults(**TOY if data == "toy" else {})
-    parser.add_argument("-h", "--help", action="help", help="show this; defaults are those of --data")
+    parser.add_argument("-h", "--help", action="help", help="show this; --data sets the defaults")
     args = parser.parse_args(argv)
     args.data, args.load_size = data, args.load_size or args.size * 286 // 256
     if args.blocks is None:

@@ -91,7 +91,7 @@ def get_args(argv=None):
     add("--ndf", type=int, default=128, help="channels of D's first layer; Torch code: 64")
     add = parser.add_argument_group("training").add_argument
     add("--epochs", type=int, default=25, help="passes of D over the images")
-    add("--batch-size", type=int, default=128, help="images in an update of D, over all processes")
+    add("--batch-size", type=int, default=128, help="images in an update of D, all processes together")
     add("--lr", type=float, default=2e-4, help="learning rate of Adam; wgan: 5e-5 of RMSprop, wgan-gp: 1e-4")
     add("--seed", type=int, default=0, help="of weights, order and z")
     add("--out", type=Path, help=f"run folder; None: runs/{SCRIPT}-DATA")
@@ -103,14 +103,14 @@ def get_args(argv=None):
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 where the device has it")
     add("--no-capture", action="store_true", help="do not use a CUDA graph")
     add = parser.add_argument_group("use of a trained model").add_argument
-    add("--sample", type=int, metavar="N", help="make N images, a sheet with their numbers, a walk")
-    add("--arithmetic", metavar="SUM", help="of means of samples by number, '3,7,12 - 5,8,9 + 1,2,4' (Fig. 7)")
-    add("--turn", metavar="SUM", help="from one mean to another, '1,2,3,4 - 5,6,7,8' (Fig. 8)")
+    add("--sample", type=int, metavar="N", help="draw N images, a sheet with their numbers, a walk in z")
+    add("--arithmetic", metavar="SUM", help="add mean z of samples, such as '3,7,12 - 5,8,9 + 1,2,4' (Fig. 7)")
+    add("--turn", metavar="SUM", help="turn one mean z into another, '1,2,3,4 - 5,6,7,8' (Fig. 8)")
     add("--to", type=Path, help="folder for samples, with figures beside it; None: OUT/sampled")
     given = parser.parse_known_args(argv)[0]
     data = f"./{given.data}" if given.data in SETS and Path(given.data).is_dir() else given.data  # a folder comes first
     parser.set_defaults(**SETS.get(data, {}), **CRITICS.get(given.loss, {}))
-    parser.add_argument("-h", "--help", action="help", help="show this; defaults are those of --data")
+    parser.add_argument("-h", "--help", action="help", help="show this; --data sets the defaults")
     args = parser.parse_args(argv)
     args.data = data
     check_args(args, may_be_zero=("lr", "seed"))

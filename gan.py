@@ -85,11 +85,11 @@ def get_args(argv=None):
     add("--k", type=int, default=1, help="updates of D for one of G, Algorithm 1")
     add("--saturating", action="store_true", help="G descends log(1 - D(G(z))), as Algorithm 1 prints it")
     add("--optimiser", choices=OPTIMISERS, default="sgd", help="the authors', or the faster one")
-    add("--average", type=float, help="draw with a mean of G that keeps this much an update")
+    add("--average", type=float, help="draw with a running mean of G's weights, of this decay")
     add = parser.add_argument_group("training").add_argument
     add("--epochs", type=int, help="passes over the images")
     add("--batch-size", type=int, default=100, help="images in an update of D")
-    add("--lr", type=float, help="learning rate, of SGD at first; .1, fc .025, conv .004, Adam 1e-3")
+    add("--lr", type=float, help="learning rate; SGD: at first, .1, fc .025, conv .004; Adam: 1e-3")
     add("--seed", type=int, default=0, help="of weights, order, noise and dropout; of z for --sample")
     add("--out", type=Path, help=f"run folder; None: runs/{SCRIPT}-DATA")
     add("--init", type=Path, metavar="RUN", help="start from the weights of another run (fine-tuning)")
@@ -107,7 +107,7 @@ def get_args(argv=None):
     parser.set_defaults(**SETS.get(data, {}))
     given = parser.parse_known_args(argv)[0]
     parser.set_defaults(**NETS[given.net] | OPTIMISERS[given.optimiser] | SETS.get(data, {}))
-    parser.add_argument("-h", "--help", action="help", help="show this; defaults are those of --data")
+    parser.add_argument("-h", "--help", action="help", help="show this; --data sets the defaults")
     args = parser.parse_args(argv)
     args.data, args.precision = data, args.precision.replace("auto", "fp32")
     check_args(args, may_be_zero=("average", "lr", "seed"))

@@ -74,7 +74,7 @@ def get_args(argv=None):
     add = parser.add_argument_group("data").add_argument
     add("--data", default="toy", help=f"a folder of pairs, or one of {', '.join(SETS)}; toy has smaller defaults")
     add("--data-root", type=Path, default="data", help="for downloads and decoded images")
-    add("--direction", choices=("AtoB", "BtoA"), default="AtoB", help="A is the left half or folder")
+    add("--direction", choices=("AtoB", "BtoA"), default="AtoB", help="input to output; A is left")
     add("--from", dest="source", choices=("gray", "hole"), help="pairs from photos: colorization, inpainting")
     add("--white", type=int, default=65535, help="16-bit pixel value that is white")
     add("--size", type=int, choices=[2**i for i in range(4, 12)], default=256, help="side of a training image")
@@ -86,11 +86,11 @@ def get_args(argv=None):
     add("--no-skips", action="store_true", help="encoder-decoder instead of U-Net, Sec. 3.2")
     add("--ngf", type=int, default=64, help="channels of G's first layer")
     add("--ndf", type=int, default=64, help="channels of D's first layer")
-    add("--n-layers", type=int, default=3, help="strided layers of D: 0, 1, 3, 5 for patches of 1, 16, 70, 286 pixels")
+    add("--n-layers", type=int, default=3, help="strided layers of D; 0, 1, 2, 3, 5: patches of 1, 16, 34, 70, 286")
     add = parser.add_argument_group("training").add_argument
     add("--epochs", type=int, default=200, help="passes over the pairs")
-    add("--decay-epochs", type=int, default=0, help="last epochs, in which the rate falls towards 0")
-    add("--batch-size", type=int, default=1, help="pairs in an update, of all processes")
+    add("--decay-epochs", type=int, default=0, help="how many of the last epochs lower the rate to 0")
+    add("--batch-size", type=int, default=1, help="pairs in an update, all processes together")
     add("--lr", type=float, default=2e-4, help="learning rate of Adam")
     add("--seed", type=int, default=0, help="of weights, order, crops and dropout")
     add("--out", type=Path, help=f"run folder; None: runs/{SCRIPT}-DATA")
@@ -107,7 +107,7 @@ def get_args(argv=None):
     data = parser.parse_known_args(argv)[0].data  # first, as the other defaults depend on it
     data = f"./{data}" if data in SETS and Path(data).is_dir() else data  # a folder that is there comes first
     parser.set_defaults(**SETS.get(data, {}))
-    parser.add_argument("-h", "--help", action="help", help="show this; defaults are those of --data")
+    parser.add_argument("-h", "--help", action="help", help="show this; --data sets the defaults")
     args = parser.parse_args(argv)
     args.data, args.load_size = data, args.load_size or args.size * 286 // 256
     check_args(args, may_be_zero=("lambda_l1", "n_layers", "decay_epochs", "lr", "seed"))

@@ -8,8 +8,8 @@ import json
 import statistics
 
 FEW = 2048  # images, below which FID says little
-HEADINGS = {"photo_iou": "photo IoU", "labels_iou": "labels IoU", "kid": "KID", "fid": "FID", "right": "as told"}
-HEADINGS |= {"missing": "digits missing", "log_likelihood": "log-likelihood", "steps": "updates of G"}
+HEADINGS = {"photo_iou": "photo IoU", "labels_iou": "labels IoU", "kid": "KID", "fid": "FID", "right": "correct"}
+HEADINGS |= {"missing": "digits missing", "log_likelihood": "log-likelihood", "steps": "updates of G", "ink": "colour"}
 HEADINGS |= {"images_per_s": "images/s", "peak_mib": "MiB", "kid_std": "±", "n_samples": "samples", "n_real": "real"}
 FORMATS = {"kid": ".3f", "log_likelihood": ".0f", "missing": ".1f", "minutes": ".1f"}  # else two digits
 FORMATS |= {"steps": ",.0f", "images_per_s": ",.0f", "peak_mib": ",.0f"}

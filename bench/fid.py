@@ -46,7 +46,7 @@ class Images:
 
 
 def find_weights(url, weights):
-    """The file `weights` or, without it, that of the address: in torch's cache, downloaded on first use."""
+    """The file `weights`, or that of the address in torch's cache, downloaded on first use."""
     path = weights or Path(torch.hub.get_dir(), "checkpoints", url.rpartition("/")[2])
     if not path.exists() and not weights:
         try:
@@ -118,7 +118,7 @@ def measure(samples, real, size, args):
     """A row for each of `samples` beside `real`, all of them sequences of uint8 images (3, H, W) of `size` (W, H).
 
     `args` has features, weights, data_root and device. Features but those of Inception are divided by their root mean
-    square over real images, as KID's kernel is made for such numbers.
+    square over real images, as KID's kernel expects.
     """
     if args.features in ("inception", "squeezenet"):
         find = {"inception": inception, "squeezenet": squeezenet}[args.features]

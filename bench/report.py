@@ -19,8 +19,9 @@ PUBLISHED = Path("bench", "results")
 MARKERS = re.compile(r"(<!-- bench:(\S+) (\S+) -->\n)(.*?)(<!-- /bench -->)", re.DOTALL)
 HEAD = """# Results
 
-Written by `python -m bench report` from bench/results. Beside our numbers stand those that the papers print, of their
-own data. Of several seeds: mean ± standard deviation. Of one: value ± standard error, of KID deviation over subsets.
+Written by `python -m bench report` from bench/results. "paper" is what the paper prints, of its own data. Several
+seeds: mean ± standard deviation; one: value ± standard error; KID: ± deviation over subsets. KID, FID, missing and
+uneven: lower is better. Below a table: commits of the code, hashes of the networks that judge.
 """
 PEOPLE = {  # Isola et al. 2017, Table 3: the share of generated images that people took for real
     "map to photo, L1+cGAN": "18.9 ± 2.5 %",

@@ -3,9 +3,8 @@
     python -m bench study --real photos --fake runs/pix2pix-maps/test --study "map to photo" --method pix2pix.py
 
 A real and a generated image are shown side by side for one second; then one says which was generated. Ten pairs are
-for practice and tell what was right; forty are counted. In the end the page saves a JSON file, which says for each of
-these whether one took the real image for the generated one. `python -m bench report` adds up those of all people that
-lie in bench/results, or in another folder, and tables them beside the paper's numbers.
+for practice and tell what was right; forty are counted. In the end the page saves a JSON file. `python -m bench report`
+adds up those that lie in bench/results, or in another folder, and tables them beside the paper's numbers.
 """
 
 import json
