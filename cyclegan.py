@@ -293,7 +293,7 @@ def train(args):
 
 def streets(count, seed, size=64):
     """Toy maps and photos, uint8 (N, 3, size, size), and class ids (N, size, size): what is where in both."""
-    # ids: ground, houses (square), parks (round), streets and a river; photos show the first three by texture alone
+    # ids: ground, houses (square), parks (round), streets and a river; photos show the first three mostly by texture
     rng, (row, col) = np.random.default_rng(seed), np.mgrid[:size, :size]
     colour = np.array([(240, 236, 224), (212, 136, 118), (84, 146, 88), (60, 60, 72), (70, 112, 176)], np.uint8)
     mean = np.array([(152, 146, 132), (132, 126, 112), (112, 106, 92), (72, 72, 80), (58, 92, 122)])

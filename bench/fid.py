@@ -118,7 +118,7 @@ def measure(samples, real, size, args):
     """A row for each of `samples` beside `real`, all of them sequences of uint8 images (3, H, W) of `size` (W, H).
 
     `args` has features, weights, data_root and device. Features but those of Inception are divided by their root mean
-    square over real images, as KID's kernel expects.
+    square over real images, for KID's kernel.
     """
     if args.features in ("inception", "squeezenet"):
         find = {"inception": inception, "squeezenet": squeezenet}[args.features]

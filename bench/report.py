@@ -49,9 +49,9 @@ def results_text(found):
     sets = sorted({result["data"] for result in found if "case" in result}, key=lambda name: (name != "toy", name))
     parts = [make(name, data, found, least=2) for data in sets for name in TABLES]
     if studies := [result for result in found if "study" in result]:
-        answers = {f"{each['study']}, {each['method']}": [] for each in studies}
+        answers = {}
         for each in studies:
-            answers[f"{each['study']}, {each['method']}"] += each["answers"]
+            answers.setdefault(f"{each['study']}, {each['method']}", []).extend(each["answers"])
         columns = [["", *PEOPLE, *answers], ["ours", *[""] * len(PEOPLE), *map(fooled, answers.values())]]
         columns.append(["paper", *PEOPLE.values(), *[""] * len(answers)])
         parts.append(markdown("What people take for real", columns, "paper: Isola et al. 2017, Table 3"))

@@ -4,7 +4,7 @@
 
 A real and a generated image are shown side by side for one second; then one says which was generated. Ten pairs are
 for practice and tell what was right; forty are counted. In the end the page saves a JSON file. `python -m bench report`
-adds up those that lie in bench/results, or in another folder, and tables them beside the paper's numbers.
+adds up those in bench/results, or in another folder, and tables them beside the paper's numbers.
 """
 
 import json

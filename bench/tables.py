@@ -112,7 +112,7 @@ def rows_of(table, data):
 
 
 def make(table, data, results, least=1):
-    """A table of the rows that have results on a data set, as Markdown; nothing if they are fewer than `least`."""
+    """A table of the rows with results on a data set, as Markdown; nothing if they are fewer than `least`."""
     (title, columns, source), data = TABLES[table], Path(data).resolve().name
     rows, every = [("real images", REAL.get(table, ()), [])], []
     for row in rows_of(table, data):
@@ -121,6 +121,7 @@ def make(table, data, results, least=1):
         every += found
     if len(rows) - 1 < least:
         return ""
+    source = source if any(paper for _, paper, _ in rows) else ""
     return markdown(f"{title}, {data}", fill(columns.split(), rows), notes(columns.split(), source, every))
 
 
