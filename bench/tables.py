@@ -112,7 +112,7 @@ def rows_of(table, data):
 
 
 def make(table, data, results, least=1):
-    """A table of the rows with results on a data set, as Markdown; nothing if they are fewer than `least`."""
+    """A table of the rows with results on a data set, as Markdown; nothing if fewer than `least`."""
     (title, columns, source), data = TABLES[table], Path(data).resolve().name
     rows, every = [("real images", REAL.get(table, ()), [])], []
     for row in rows_of(table, data):
